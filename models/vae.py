@@ -1,0 +1,163 @@
+"""The conditional VAE and, beside it, what stage 2 makes of it: class mixing and pseudo-OOD images."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.layers import ResidualBlock, ResNet18, count_features
+
+HIDDEN = 1024
+
+
+class PlainEncoder(nn.Module):
+    """The CVAE's MNIST encoder: two 4x4 convolutions of stride 2 whose padding of S/2 + 1 keeps the image size S."""
+
+    def __init__(self, image_channels: int, image_size: int):
+        super().__init__()
+        padding = image_size // 2 + 1
+        self.conv1 = nn.Conv2d(image_channels, 64, 4, 2, padding)
+        self.conv2 = nn.Conv2d(64, 128, 4, 2, padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv2(F.relu(self.conv1(x))))
+
+
+class PlainDecoder(nn.Module):
+    """The CVAE's MNIST decoder: [B, 128, S/4, S/4] -> [B, C, S, S]."""
+
+    in_channels, scale = 128, 4
+
+    def __init__(self, image_channels: int):
+        super().__init__()
+        self.deconv1 = nn.ConvTranspose2d(self.in_channels, 64, 4, 2, 1)
+        self.deconv2 = nn.ConvTranspose2d(64, image_channels, 4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.deconv2(F.relu(self.deconv1(x)))
+
+
+class ResidualDecoder(nn.Module):
+    """The CVAE's CIFAR-10 decoder: [B, 512, S/8, S/8] -> [B, C, S, S]."""
+
+    in_channels, scale = 512, 8
+
+    def __init__(self, image_channels: int):
+        super().__init__()
+        width = self.in_channels
+        self.decoder = nn.Sequential(
+            ResidualBlock(width),
+            ResidualBlock(width),
+            nn.ReLU(),
+            nn.ConvTranspose2d(width, width, 4, 2, 1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.ConvTranspose2d(width, width, 4, 2, 1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.ConvTranspose2d(width, image_channels, 4, 2, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(x)
+
+
+NETWORKS = {
+    "mnist": (PlainEncoder, PlainDecoder),
+    "cifar10": (lambda image_channels, image_size: ResNet18(image_channels), ResidualDecoder),
+}
+
+
+class ConditionalVAE(nn.Module):
+    """A VAE whose decoder is conditioned on a learned class embedding.
+
+    Args:
+        z_dim: dimensions of the latent and of the class embedding.
+        image_channels, image_size: images are [B, image_channels, image_size, image_size] in [0, 1];
+            image_size is a multiple of 4 (MNIST networks) or 8 (CIFAR-10 networks).
+        class_num: classes that can be embedded.
+        dataset: family of networks, a key of `NETWORKS`.
+    """
+
+    def __init__(self, z_dim: int = 32, image_channels: int = 1, image_size: int = 28, class_num: int = 10, dataset: str = "mnist"):
+        super().__init__()
+        make_encoder, make_decoder = NETWORKS[dataset]
+        self.z_dim, self.class_num = z_dim, class_num
+        self.convE = make_encoder(image_channels, image_size)
+        self.convD = make_decoder(image_channels)
+        side = image_size // self.convD.scale
+        self.decoder_shape = (self.convD.in_channels, side, side)
+        self.fcE = nn.Linear(count_features(self.convE, image_channels, image_size), HIDDEN)
+        self.fcE_mean = nn.Linear(HIDDEN, z_dim)
+        self.fcE_logvar = nn.Linear(HIDDEN, z_dim)
+        self.fromZ = nn.Linear(2 * z_dim, HIDDEN)
+        self.fcD = nn.Linear(HIDDEN, self.convD.in_channels * side * side)
+        self.class_embed = nn.Linear(class_num, z_dim)
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, C, S, S] -> mean and log-variance of q(z | x), each [B, z_dim]."""
+        hidden = F.relu(self.fcE(self.convE(images).flatten(1)))
+        return self.fcE_mean(hidden), self.fcE_logvar(hidden)
+
+    def embed(self, labels: Tensor) -> Tensor:
+        """[B] class numbers -> [B, z_dim]."""
+        return self.class_embed(F.one_hot(labels, self.class_num).to(self.class_embed.weight.dtype))
+
+    def decode(self, z: Tensor, embedding: Tensor) -> Tensor:
+        """[B, z_dim] and [B, z_dim] -> images [B, C, S, S] in [0, 1]."""
+        hidden = F.relu(self.fromZ(torch.cat([z, embedding], dim=1)))
+        return torch.sigmoid(self.convD(self.fcD(hidden).unflatten(1, self.decoder_shape)))
+
+    def forward(self, images: Tensor, labels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstructions [B, C, S, S], means and log-variances [B, z_dim], with z = mean + noise * exp(logvar / 2)."""
+        mean, logvar = self.encode(images)
+        # The latent and its statistics stay in fp32 under autocast: exp and the KL need the digits.
+        mean, logvar = mean.float(), logvar.float()
+        z = mean + noise * torch.exp(logvar / 2)
+        return self.decode(z, self.embed(labels)), mean, logvar
+
+
+# --- class mixing -------------------------------------------------------------------------------
+
+
+class Codes(NamedTuple):
+    """The random numbers behind N pseudo-OOD images; row n makes image n, whatever the batching.
+
+    Attributes:
+        noise: [N, z_dim], standard normal.
+        first, second: [N], the two classes.
+        weight: [N, z_dim], share of the first class in each dimension of the embedding: 0 or 1.
+    """
+
+    noise: Tensor
+    first: Tensor
+    second: Tensor
+    weight: Tensor
+
+    def to(self, device: torch.device) -> Codes:
+        return Codes(*(field.to(device, non_blocking=True) for field in self))
+
+    def rows(self, start: int, stop: int) -> Codes:
+        return Codes(*(field[start:stop] for field in self))
+
+
+def draw_codes(count: int, num_ind: int, z_dim: int, generator: torch.Generator) -> Codes:
+    """Draw two IND classes per image independently and uniformly (they may coincide), a fair coin for each
+    dimension, and the latent noise (Wang et al. 2022, class-mixed generation)."""
+    first, second = torch.randint(num_ind, (2, count), generator=generator)
+    weight = torch.randint(2, (count, z_dim), generator=generator).float()
+    return Codes(torch.randn(count, z_dim, generator=generator), first, second, weight)
+
+
+def mix_embeddings(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
+    """weight * first + (1 - weight) * second, all [B, z_dim]: with weights of 0 and 1, a choice in each dimension."""
+    return weight * first + (1 - weight) * second
+
+
+def decode_pseudo_ood(vae: ConditionalVAE, codes: Codes, sigma: float) -> Tensor:
+    """Decode z = sigma * noise under the class-mixed embeddings: pseudo-OOD images [N, C, S, S] in [0, 1]."""
+    mixed = mix_embeddings(vae.embed(codes.first), vae.embed(codes.second), codes.weight)
+    return vae.decode(sigma * codes.noise, mixed)

@@ -1,0 +1,161 @@
+"""Stage 1: train the IND classifier or the conditional VAE.
+
+    python -m train --command train_classifier
+    python -m train --task same_dataset_mnist --partition partition1 --command train_cvae
+
+writes a state dict to --params-dict-name and prints the network's figures on the IND test images. An interrupted
+run goes on when the same command is given again; several GPUs: torchrun --nproc_per_node=N -m train …
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from datasets.tasks import COMMANDS, TASKS, all_partitions, default_checkpoint, find_partition
+from utils import (
+    UserError,
+    add_common_arguments,
+    check_writable,
+    load_checkpoint,
+    number,
+    positive_float,
+    positive_int,
+    run_command,
+    seed_number,
+)
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_arguments(parser, list(TASKS), all_partitions())
+    parser.add_argument("--command", choices=list(COMMANDS), default="train_classifier", help="which network (default: %(default)s)")
+    parser.add_argument("--params-dict-name", type=Path, help="checkpoint to write (default: ckpt/TASK_PARTITION_NETWORK.pkl)")
+    parser.add_argument("--seed", type=seed_number, default=123, help="(default: %(default)s)")
+    parser.add_argument("--epochs", type=positive_int, help="(default: the task's)")
+    parser.add_argument("--batch-size", type=positive_int, help="images per step over all processes (default: the task's)")
+    parser.add_argument("--lr", type=positive_float, default=1e-3, help="learning rate of Adam (default: %(default)s)")
+    parser.add_argument(
+        "--val-fraction",
+        type=number(float, least=0, below=1),
+        default=0.0,
+        help="share of the IND training images kept out, on which eval can choose its step (default: %(default)s)",
+    )
+    parser.add_argument("--save-every", type=positive_int, default=1, help="epochs between resumable states (default: %(default)s)")
+    parser.add_argument("--restart", action="store_true", help="start over, ignoring what an earlier run left")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network")
+    parser.add_argument("--log", type=Path, help="write one JSON line per epoch to this file")
+    parser.add_argument("--tensorboard", type=Path, help="write the same figures there for TensorBoard")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    from training.processes import join_processes, leave_processes
+
+    processes = join_processes(args.device)
+    try:
+        train(args, processes)
+    finally:
+        leave_processes()
+
+
+def train(args: argparse.Namespace, processes) -> None:
+    """Everything between the parsed arguments and the checkpoint, in this process of `processes`."""
+    import torch
+
+    from datasets.datasetsHelper import load_ind, split_validation
+    from training.checkpoints import save_network
+    from training.loop import LoopConfig, Recorder, fingerprint, fit
+    from training.stages import STAGES
+    from utils import derive_seed, pick_precision
+
+    task, partition = TASKS[args.task], find_partition(args.task, args.partition)
+    path = args.params_dict_name or default_checkpoint(args.task, partition, args.command)
+    resume = path.with_name(path.name + ".resume")
+    device, stage = processes.device, STAGES[args.command]
+    config = LoopConfig(
+        epochs=args.epochs or task.epochs[args.command],
+        batch_size=args.batch_size or task.batch_size,
+        learning_rate=args.lr,
+        seed=args.seed,
+        precision=pick_precision(args.precision, device),
+    )
+    what = {"command": args.command, "task": args.task, "partition": partition, "val_fraction": args.val_fraction}
+    origin = what | asdict(config)
+    if is_done(path, resume, origin, args.restart):
+        print(f"{path} is complete already; --restart trains it anew")
+        return
+
+    training_images, test_images = load_ind(task, partition, args.data_dir)
+    training_images, _ = split_validation(training_images, args.val_fraction)
+    for file in filter(None, (path, args.log)):
+        check_writable(file)
+    torch.manual_seed(derive_seed(args.seed, "initialisation", args.command))
+    model = stage.build(task).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+    if processes.is_main:
+        print(f"{args.command}: {args.task} {partition}, {len(training_images):,} images, {config.epochs} epochs on {device} in {config.precision}", flush=True)
+    recorder = Recorder(
+        name=args.command,
+        resume=resume,
+        save_every=args.save_every,
+        identity=what | {"data": fingerprint(training_images)},
+        log=args.log,
+        watch=tensorboard_writer(args.tensorboard),
+    )
+    fit(model, optimizer, training_images.to(device), stage.objective(task), config, processes, recorder, args.compile)
+    if not processes.is_main:
+        return
+    save_network(path, model, origin | {"torch": torch.__version__})
+    resume.unlink(missing_ok=True)
+    figures = stage.evaluate(model.eval(), test_images.to(device), len(task.partitions[partition]), config.precision)
+    print(f"IND test images: {format_figures(figures)}")
+    print(f"wrote {path}")
+
+
+def is_done(path: Path, resume: Path, origin: dict, restart: bool) -> bool:
+    """Whether `path` holds the result of this very run already; with `restart`, forget what is there.
+
+    Raises:
+        UserError: it holds something else, which would be lost.
+    """
+    if restart:
+        resume.unlink(missing_ok=True)
+        return False
+    if resume.exists() or not path.exists():
+        return False
+    theirs = getattr(load_checkpoint(path), "origin", {})
+    differ = [f"{key} was {theirs.get(key)}, is {value}" for key, value in origin.items() if theirs.get(key) != value]
+    if differ:
+        raise UserError(f"{path} exists and was made otherwise ({'; '.join(differ)}). Name another --params-dict-name, or replace it with --restart")
+    return True
+
+
+def tensorboard_writer(folder: Path | None) -> Callable[[dict], None]:
+    """A function that writes an epoch's line for TensorBoard, or does nothing without a folder."""
+    if folder is None:
+        return lambda line: None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard: tensorboard is not installed; pip install tensorboard, or use --log") from None
+    writer = SummaryWriter(folder)
+
+    def write(line: dict) -> None:
+        for name, value in line.items():
+            if isinstance(value, float):
+                writer.add_scalar(name, value, line["epoch"])
+        writer.flush()
+
+    return write
+
+
+def format_figures(figures: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, get_parser()))

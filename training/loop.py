@@ -1,0 +1,276 @@
+"""One epoch loop for every network: order, precision, several processes, resume, interruption.
+
+All random numbers of an epoch are drawn on the CPU before it starts, from streams that follow from the
+seed and the epoch's number alone, and dropout is seeded at every step: a run that was stopped anywhere
+repeats the very numbers of one that was not, and no generator state has to be saved.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from datasets.datasetsHelper import Images
+from training.processes import Processes
+from utils import Progress, Stopped, UserError, autocast, derive_seed, generator, load_checkpoint, save_checkpoint
+
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+STEPS_BETWEEN_STOP_CHECKS = 20  # with several processes, which have to agree
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """What decides the result of a run, beside the data and the network; recorded in its checkpoint.
+
+    Attributes:
+        epochs: passes over the training images.
+        batch_size: images per optimizer step over all processes; the last partial batch is kept.
+        learning_rate: of Adam, constant.
+        seed: of initialisation, order, augmentation, noise and dropout, each a stream of its own.
+        precision: "fp32" or "bf16", under which the networks run; losses are always fp32.
+    """
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+    precision: str
+
+
+class Objective(Protocol):
+    """What is minimised, and the random numbers it needs."""
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """The random numbers for one pass over `count` images, one row per image."""
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, *draws: Tensor) -> dict[str, Tensor]:
+        """Means over the batch; "loss" is minimised, the others are reported. `images` are uint8 [B, C, S, S]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorder:
+    """Where a run leaves traces; nothing here changes its result.
+
+    Attributes:
+        name: of the run, in progress lines.
+        resume: file of the resumable state, or None to keep none.
+        save_every: epochs between two resumable states.
+        identity: what a run that is resumed must have in common with this one, beside its configuration.
+        log: file of one JSON line per epoch, or None.
+        watch: called with every such line.
+    """
+
+    name: str
+    resume: Path | None = None
+    save_every: int = 1
+    identity: dict | None = None
+    log: Path | None = None
+    watch: Callable[[dict], None] = lambda line: None
+
+
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Images,
+    objective: Objective,
+    config: LoopConfig,
+    processes: Processes,
+    recorder: Recorder,
+    compile_model: bool = False,
+) -> list[dict]:
+    """Train `model` in place; return one dict of mean losses per epoch.
+
+    `model` and `data` are on the device of this process already.
+
+    Raises:
+        Stopped: a signal asked for it; the state is saved.
+        UserError: the loss is not finite, or the saved state belongs to another run.
+    """
+    steps_per_epoch = -(-len(data) // config.batch_size)
+    state = RunState(model, optimizer, config, recorder, processes, steps_per_epoch)
+    state.resume()
+    network = processes.wrap(torch.compile(model) if compile_model else model)
+    progress = Progress(config.epochs * len(data), recorder.name, enabled=processes.is_main)
+    progress.skip(min(state.step * config.batch_size, progress.total))
+    with SignalWatch() as stop:
+        while state.epoch < config.epochs:
+            _run_epoch(network, optimizer, data, objective, config, processes, state, progress, stop)
+    progress.close()
+    return state.history
+
+
+def _run_epoch(network, optimizer, data, objective, config, processes, state, progress, stop) -> None:
+    """Run from `state.step` to the end of its epoch and record the epoch's means."""
+    device, epoch, count = processes.device, state.epoch, len(data)
+    order = torch.randperm(count, generator=generator(config.seed, "order", epoch)).to(device)
+    draws = [d.to(device) for d in objective.draw(count, generator(config.seed, "draws", epoch))]
+    started, first = time.monotonic(), state.step_in_epoch
+    network.train()
+    for step in range(first, state.steps_per_epoch):
+        _check_stop(stop, step, processes, state)
+        start, stop_row = step * config.batch_size, min((step + 1) * config.batch_size, count)
+        rows, weight = processes.share(torch.arange(start, stop_row, device=device))
+        batch = data.at(order[rows])
+        torch.manual_seed(derive_seed(config.seed, "dropout", epoch, step, processes.rank))
+        with autocast(device, config.precision):
+            means = objective(network, batch.images, batch.labels, *(d[rows] for d in draws))
+        optimizer.zero_grad(set_to_none=True)
+        (means["loss"] * weight).backward()
+        optimizer.step()
+        state.add({name: value.detach() * weight for name, value in means.items()}, stop_row - start)
+        progress.advance(stop_row - start, lambda: f"epoch {epoch + 1}/{config.epochs}  loss {state.latest_loss():.4f}")
+    state.end_epoch(count, (count - first * config.batch_size) / max(time.monotonic() - started, 1e-9))
+
+
+def _check_stop(stop: SignalWatch, step: int, processes: Processes, state: RunState) -> None:
+    if processes.world > 1 and step % STEPS_BETWEEN_STOP_CHECKS:
+        return
+    if processes.any(stop.received is not None):
+        state.save()
+        where = f"the state is saved in {state.recorder.resume}: the same command goes on from there" if state.recorder.resume else "nothing is saved"
+        raise Stopped(f"stopped in epoch {state.epoch + 1}, {where}", stop.received or signal.SIGTERM)
+
+
+class RunState:
+    """Where a run stands: its step, the losses of the epoch under way, the epochs behind it."""
+
+    def __init__(self, model, optimizer, config: LoopConfig, recorder: Recorder, processes: Processes, steps_per_epoch: int):
+        self.model, self.optimizer, self.config = model, optimizer, config
+        self.recorder, self.processes, self.steps_per_epoch = recorder, processes, steps_per_epoch
+        self.step = 0
+        self.history: list[dict] = []
+        self.losses: list[Tensor] = []  # of this epoch's steps, on the device
+        self.sums: dict[str, Tensor] = {}  # of this epoch, each mean times the images it is over
+
+    @property
+    def epoch(self) -> int:
+        return self.step // self.steps_per_epoch
+
+    @property
+    def step_in_epoch(self) -> int:
+        return self.step % self.steps_per_epoch
+
+    def add(self, means: dict[str, Tensor], count: int) -> None:
+        for name, value in means.items():
+            self.sums[name] = self.sums.get(name, 0) + value.double() * count
+        self.losses.append(means["loss"])
+        self.step += 1
+
+    def latest_loss(self) -> float:
+        """The last step's loss. This waits for the device."""
+        loss = self.losses[-1].item()
+        if loss != loss or loss in (float("inf"), float("-inf")):
+            self.check_finite()
+        return loss
+
+    def check_finite(self) -> None:
+        """Raise `UserError` naming the first step of the epoch whose loss is not finite."""
+        if not self.losses:
+            return
+        losses = self.processes.mean(torch.stack(self.losses))
+        bad = (~torch.isfinite(losses)).nonzero().flatten()
+        if len(bad):
+            index = int(bad[0])
+            kept = f" The last good state is kept in {self.recorder.resume}." if self.recorder.resume and self.recorder.resume.exists() else ""
+            step = self.step - len(self.losses) + index + 1
+            raise UserError(
+                f"the loss is {losses[index].item()} at step {step} (epoch {(step - 1) // self.steps_per_epoch + 1}): "
+                f"lower --lr, or use --precision fp32.{kept}"
+            )
+
+    def end_epoch(self, count: int, images_per_second: float) -> None:
+        """Close the epoch that has just been completed: check it, record it, save the state."""
+        self.check_finite()
+        line = {"epoch": self.epoch}
+        line |= {name: self.processes.mean(total).item() / count for name, total in self.sums.items()}
+        line |= {"learning_rate": self.optimizer.param_groups[0]["lr"], "images_per_second": round(images_per_second, 1)}
+        line["time"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self.history.append(line)
+        self.losses, self.sums = [], {}
+        if self.processes.is_main:
+            self.recorder.watch(line)
+            if self.recorder.log:
+                with open(self.recorder.log, "a") as log:
+                    log.write(json.dumps(line) + "\n")
+        if self.epoch % self.recorder.save_every == 0 or self.epoch == self.config.epochs:
+            self.save()
+
+    def identity(self) -> dict:
+        # More epochs only go on; everything else would make another result.
+        return {k: v for k, v in asdict(self.config).items() if k != "epochs"} | (self.recorder.identity or {})
+
+    def save(self) -> None:
+        """Write the resumable state, whole or not at all; a state with a loss that is not finite is never written."""
+        self.check_finite()
+        if self.losses:  # the same on every process, so that one file can restore all
+            self.losses = list(self.processes.mean(torch.stack(self.losses)))
+            self.sums = {name: self.processes.mean(total) for name, total in self.sums.items()}
+        if self.recorder.resume and self.processes.is_main:
+            save_checkpoint(
+                self.recorder.resume,
+                {
+                    "identity": self.identity(),
+                    "model": self.model.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "step": self.step,
+                    "history": self.history,
+                    "losses": self.losses,
+                    "sums": self.sums,
+                },
+            )
+        self.processes.barrier()
+
+    def resume(self) -> None:
+        """Go on from the saved state, if there is one; write the log's lines up to there.
+
+        Raises:
+            UserError: the state is of another configuration.
+        """
+        path = self.recorder.resume
+        if path and path.exists():
+            saved = load_checkpoint(path)
+            if saved.get("identity") != self.identity():
+                theirs, ours = saved.get("identity") or {}, self.identity()
+                differ = [f"{k} was {theirs.get(k)}, is {ours.get(k)}" for k in sorted(theirs.keys() | ours.keys()) if theirs.get(k) != ours.get(k)]
+                raise UserError(f"{path} holds the state of a different run ({'; '.join(differ)}). Give the same options to resume it, or --restart to start over")
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            device = self.processes.device
+            self.step, self.history = saved["step"], saved["history"]
+            self.losses = [loss.to(device) for loss in saved["losses"]]
+            self.sums = {name: value.to(device) for name, value in saved["sums"].items()}
+            if self.processes.is_main:
+                print(f"{self.recorder.name}: resuming at epoch {self.epoch + 1}, step {self.step_in_epoch}, from {path}", flush=True)
+        if self.recorder.log and self.processes.is_main:
+            self.recorder.log.parent.mkdir(parents=True, exist_ok=True)
+            self.recorder.log.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+
+
+class SignalWatch:
+    """Within the block, the stop signals are noted in `received` instead of ending the process."""
+
+    def __enter__(self) -> SignalWatch:
+        self.received: int | None = None
+        self.previous = {s: signal.signal(s, self._note) for s in STOP_SIGNALS}
+        return self
+
+    def _note(self, signum: int, frame: object) -> None:
+        self.received = signum
+
+    def __exit__(self, *exception: object) -> None:
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
+
+
+def fingerprint(data: Images) -> int:
+    """A checksum of images and labels, by which a resumed run knows its data."""
+    return zlib.crc32(data.labels.numpy().tobytes(), zlib.crc32(data.images.numpy().tobytes()))

@@ -1,0 +1,87 @@
+"""The processes of one training run: one by itself, or several under torchrun."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from utils import UserError, pick_device
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Which of how many processes this one is, and its device."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model whose backward pass averages gradients over the processes; batch norm synchronised on CUDA."""
+        if self.world == 1:
+            return model
+        if self.device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            return nn.parallel.DistributedDataParallel(model, device_ids=[self.device.index])
+        return nn.parallel.DistributedDataParallel(model)
+
+    def share(self, batch: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """This process's rows of a global batch, and the weight that makes the average over processes of the
+        local mean losses equal the mean over the global batch."""
+        if self.world == 1:
+            return batch, 1.0
+        mine = batch[self.rank :: self.world]
+        if not len(mine):  # every process must take part in every step
+            return batch[:1], 0.0
+        return mine, len(mine) * self.world / len(batch)
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """The mean of a tensor over the processes."""
+        if self.world == 1:
+            return value
+        value = value.clone()
+        dist.all_reduce(value)
+        return value / self.world
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process raises the flag."""
+        return flag if self.world == 1 else bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+def join_processes(device_name: str | None) -> Processes:
+    """Join the group that torchrun started, or be alone. Each process takes the GPU of its local rank, or the CPU.
+
+    Raises:
+        UserError: the device is not there, or there are more processes than GPUs.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return Processes(pick_device(device_name))
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = pick_device(device_name)
+    if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"torchrun started more processes than this machine has GPUs ({torch.cuda.device_count()}): lower --nproc_per_node")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Processes(device, dist.get_rank(), world)
+
+
+def leave_processes() -> None:
+    """Leave the group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,34 @@
+"""The two trainings of stage 1 as a table: what `python -m train --command …` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from datasets.tasks import Task
+from training.loop import Objective
+from training.train_classifier import ClassifierObjective, build_classifier, evaluate_classifier
+from training.train_cvae import CVAEObjective, build_cvae, evaluate_cvae
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training command.
+
+    Attributes:
+        build: the untrained network of a task.
+        objective: what a task's training minimises.
+        evaluate: (model, test images, number of IND classes, precision) -> figures.
+    """
+
+    build: Callable[[Task], nn.Module]
+    objective: Callable[[Task], Objective]
+    evaluate: Callable[..., dict[str, float]]
+
+
+STAGES = {
+    "train_classifier": Stage(build_classifier, lambda task: ClassifierObjective(task.augment), evaluate_classifier),
+    "train_cvae": Stage(build_cvae, lambda task: CVAEObjective(task.kl_weight), evaluate_cvae),
+}

@@ -1,0 +1,52 @@
+"""Stage 1, the conditional VAE: network, loss and report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from datasets.datasetsHelper import Images, to_float
+from datasets.tasks import Task
+from models.vae import ConditionalVAE
+from training.inference import in_chunks
+
+Z_DIM = 32
+
+
+def build_cvae(task: Task) -> ConditionalVAE:
+    """The task's untrained CVAE."""
+    return ConditionalVAE(Z_DIM, task.image_channels, task.image_size, task.embedded_classes, task.networks)
+
+
+@dataclass(frozen=True)
+class CVAEObjective:
+    """Mean squared error per pixel + kl_weight * KL / (C * H * W), both averaged over the batch."""
+
+    kl_weight: float
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        return (torch.randn(count, Z_DIM, generator=generator),)
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, *draws: Tensor) -> dict[str, Tensor]:
+        pixels = to_float(images)
+        reconstruction, mean, logvar = model(pixels, labels, *draws)
+        mse = F.mse_loss(reconstruction.float(), pixels)
+        kl = kl_divergence(mean, logvar).mean()
+        return {"loss": mse + self.kl_weight * kl / pixels[0].numel(), "mse": mse, "kl_nats": kl}
+
+
+def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats, summed over the last dimension: [B, D] -> [B]."""
+    return -0.5 * (1 + logvar - mean**2 - logvar.exp()).sum(-1)
+
+
+def evaluate_cvae(model: ConditionalVAE, data: Images, num_ind: int, precision: str) -> dict[str, float]:
+    """Reconstruction error per pixel, decoding the posterior's mean, and KL per image."""
+    statistics = in_chunks(lambda images: torch.cat(model.encode(to_float(images)), 1), data.images, precision)
+    mean, logvar = statistics.chunk(2, dim=1)
+    latents = torch.cat([mean, model.embed(data.labels)], 1)
+    squares = (in_chunks(lambda part: model.decode(*part.chunk(2, 1)), latents, precision) - to_float(data.images)) ** 2
+    return {"mse": squares.mean().item(), "kl_nats": kl_divergence(mean, logvar).mean().item()}

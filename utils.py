@@ -1,0 +1,325 @@
+"""Ground floor: command-line arguments, errors, seeds, device and precision, progress, safe files.
+
+Everything else may import this module and it imports nothing of ours. Torch is imported inside the
+functions that need it, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+# --- errors -------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """Something the user can mend: the message says what is wrong, what was expected, what to do."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop by a signal and has saved its state."""
+
+    def __init__(self, message: str, signum: int):
+        super().__init__(message)
+        self.signum = signum
+
+
+def run_command(main: Callable, parser: argparse.ArgumentParser, argv: list[str] | None = None) -> int:
+    """Parse, run and turn every foreseen failure into one line: the body of every entry point.
+
+    Returns the exit status: 0 done, 2 a `UserError` (as argparse's own), 128 + n stopped by signal n.
+    """
+    args = parser.parse_args(argv)
+    try:
+        main(args)
+    except UserError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stop:
+        print(f"{parser.prog}: {stop}", file=sys.stderr)
+        return 128 + stop.signum
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted, nothing was written", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0
+
+
+# --- arguments ----------------------------------------------------------------------------------
+
+
+def number(kind: type = int, above: float = -math.inf, below: float = math.inf, least: float = -math.inf) -> Callable:
+    """An argparse type: a finite number of `kind` with above < x < below and x >= least."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole number' if kind is int else 'number'}") from None
+        if not (math.isfinite(value) and above < value < below and value >= least):
+            bounds = [f"above {above:g}"] * (above > -math.inf) + [f"at least {least:g}"] * (least > -math.inf)
+            bounds += [f"below {below:g}"] * (below < math.inf)
+            raise argparse.ArgumentTypeError(f"{text} is out of range: expected {' and '.join(bounds) or 'a finite number'}")
+        return value
+
+    return parse
+
+
+positive_int = number(int, above=0)
+positive_float = number(float, above=0)
+seed_number = number(int, least=0)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, tasks: list[str], partitions: list[str]) -> None:
+    """The arguments that every command shares; their choices come from the task registry."""
+    parser.add_argument("--task", choices=tasks, default=tasks[0], help="what is IND and what is OOD (default: %(default)s)")
+    parser.add_argument("--partition", choices=partitions, help="which classes are IND (default: the task's first)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the first CUDA GPU, else the CPU)")
+    parser.add_argument("--data-dir", type=Path, default=Path("datasets"), help="folder of the images (default: ./datasets)")
+    parser.add_argument(
+        "--precision",
+        choices=["auto", "fp32", "bf16"],
+        default="auto",
+        help="auto takes bf16 where the hardware has it (default: %(default)s)",
+    )
+
+
+# --- seeds --------------------------------------------------------------------------------------
+
+
+def derive_seed(seed: int, *stream: object) -> int:
+    """A 63-bit seed of its own for every named stream, such as (123, "order", epoch).
+
+    Streams are independent: drawing more from one never shifts another, and an epoch's draws follow from
+    its number alone, so that a resumed run repeats them.
+    """
+    digest = hashlib.sha256("/".join(map(str, (seed, *stream))).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generator(seed: int, *stream: object):
+    """A CPU `torch.Generator` for one stream: draws are made on the CPU so that a seed means the same on every device."""
+    import torch
+
+    return torch.Generator().manual_seed(derive_seed(seed, *stream))
+
+
+# --- device and precision -----------------------------------------------------------------------
+
+
+def pick_device(name: str | None):
+    """The device asked for, or the first CUDA GPU, else the CPU.
+
+    Raises:
+        UserError: the name is no device, or the device is not there.
+    """
+    import torch
+
+    if name is None:
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: not a device; expected cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: only cpu and cuda are supported")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise UserError(f"--device {name}: not there; this machine has {count} CUDA GPU(s). Use --device cpu or leave it out")
+        device = torch.device("cuda", device.index or 0)
+    return device
+
+
+def pick_precision(name: str, device) -> str:
+    """Resolve "auto" to "bf16" where the processor multiplies bf16 natively, else to "fp32"."""
+    if name != "auto":
+        return name
+    import torch
+
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if native else "fp32"
+
+
+def autocast(device, precision: str):
+    """Autocast to bf16, or a context that does nothing for fp32."""
+    import torch
+
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def environment(device) -> dict:
+    """What a figure depends on beside its command: versions and hardware."""
+    import torch
+
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        hardware = f"{cpu_name()}, {torch.get_num_threads()} threads"
+    return {"python": platform.python_version(), "torch": torch.__version__, "device": str(device), "hardware": hardware}
+
+
+def cpu_name() -> str:
+    """The processor's model name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+# --- progress -----------------------------------------------------------------------------------
+
+
+class Progress:
+    """A tqdm bar on a terminal; elsewhere a plain line every `interval` seconds.
+
+    `advance(n, note)` takes the note as a function, called only when something is shown: reading a loss
+    waits for the device, which the caller must not do at every step.
+    """
+
+    def __init__(self, total: int, description: str, unit: str = "img", interval: float = 15.0, enabled: bool = True):
+        self.total, self.description, self.unit = total, description, unit
+        self.done, self.skipped, self.start, self.enabled = 0, 0, time.monotonic(), enabled
+        self.bar = None
+        if enabled and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, desc=description, unit=unit, unit_scale=True, leave=False)
+        self.interval = 0.5 if self.bar is not None else interval
+        self.shown = self.start
+
+    def advance(self, n: int, note: Callable[[], str] = str) -> None:
+        self.done += n
+        if not self.enabled:
+            return
+        if self.bar is not None:
+            self.bar.update(n)
+        now = time.monotonic()
+        if now - self.shown < self.interval:
+            return
+        self.shown = now
+        if self.bar is not None:
+            self.bar.set_postfix_str(note())
+            return
+        rate = (self.done - self.skipped) / (now - self.start)
+        left = (self.total - self.done) / rate
+        print(f"{self.description}: {self.done:,}/{self.total:,} {self.unit}  {note()}  {rate:,.0f} {self.unit}/s  {left:,.0f} s left", flush=True)
+
+    def skip(self, n: int) -> None:
+        """Count `n` as done before this run."""
+        self.done = self.skipped = n
+        if self.bar is not None:
+            self.bar.initial = self.bar.n = n
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: Path):
+    """Yield a temporary path in the folder of `path` (which is made first); rename it to `path` at the end.
+
+    Whatever happens inside, `path` holds its old content or the whole new one.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        yield Path(temporary)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}. Choose a folder you may write to, with room left") from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def check_writable(path: Path) -> None:
+    """Find out before the work starts that `path` can be written.
+
+    Raises:
+        UserError: it is a folder, or its folder cannot be made or written.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}. Choose a folder you may write to") from error
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write `content` as indented JSON, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """`torch.save`, whole or not at all."""
+    import torch
+
+    with replacing(path) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # torch's zip writer reports a full disk as a RuntimeError
+            raise OSError(f"{str(error).splitlines()[0]} (is the disk full?)") from error
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read a file written by `torch.save` onto the CPU, tensors and plain values only.
+
+    Raises:
+        UserError: the file is missing, unreadable, not a checkpoint, or holds objects that could run code.
+    """
+    import pickle
+
+    import torch
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = "holds objects that could run code" if "nsupported" in str(error) else "is no checkpoint or is damaged"
+        raise UserError(f"{path}: {reason}; expected a dict of tensors written by torch.save. Make it again or fetch it again") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, OSError, UnicodeDecodeError):
+        raise UserError(f"{path}: is no checkpoint or is damaged; expected a dict of tensors written by torch.save. Make it again or fetch it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}; expected a dict of tensors written by torch.save")
+    return content
