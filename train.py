@@ -97,7 +97,10 @@ def train(args: argparse.Namespace, processes) -> None:
     model = stage.build(task).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     if processes.is_main:
-        print(f"{args.command}: {args.task} {partition}, {len(training_images):,} images, {config.epochs} epochs on {device} in {config.precision}", flush=True)
+        print(
+            f"{args.command}: {args.task} {partition}, {len(training_images):,} images, {config.epochs} epochs on {device} in {config.precision}",
+            flush=True,
+        )
     recorder = Recorder(
         name=args.command,
         resume=resume,
@@ -109,7 +112,7 @@ def train(args: argparse.Namespace, processes) -> None:
     fit(model, optimizer, training_images.to(device), stage.objective(task), config, processes, recorder, args.compile)
     if not processes.is_main:
         return
-    save_network(path, model, origin | {"torch": torch.__version__})
+    save_network(path, model, origin | {"torch": str(torch.__version__)})
     resume.unlink(missing_ok=True)
     figures = stage.evaluate(model.eval(), test_images.to(device), len(task.partitions[partition]), config.precision)
     print(f"IND test images: {format_figures(figures)}")
@@ -130,7 +133,9 @@ def is_done(path: Path, resume: Path, origin: dict, restart: bool) -> bool:
     theirs = getattr(load_checkpoint(path), "origin", {})
     differ = [f"{key} was {theirs.get(key)}, is {value}" for key, value in origin.items() if theirs.get(key) != value]
     if differ:
-        raise UserError(f"{path} exists and was made otherwise ({'; '.join(differ)}). Name another --params-dict-name, or replace it with --restart")
+        raise UserError(
+            f"{path} exists and was made otherwise ({'; '.join(differ)}). Name another --params-dict-name, or replace it with --restart"
+        )
     return True
 
 

@@ -41,6 +41,7 @@ def run_command(main: Callable, parser: argparse.ArgumentParser, argv: list[str]
     Returns the exit status: 0 done, 2 a `UserError` (as argparse's own), 128 + n stopped by signal n.
     """
     args = parser.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else list(argv)
     try:
         main(args)
     except UserError as error:
@@ -217,7 +218,10 @@ class Progress:
             return
         rate = (self.done - self.skipped) / (now - self.start)
         left = (self.total - self.done) / rate
-        print(f"{self.description}: {self.done:,}/{self.total:,} {self.unit}  {note()}  {rate:,.0f} {self.unit}/s  {left:,.0f} s left", flush=True)
+        print(
+            f"{self.description}: {self.done:,}/{self.total:,} {self.unit}  {note()}  {rate:,.0f} {self.unit}/s  {left:,.0f} s left",
+            flush=True,
+        )
 
     def skip(self, n: int) -> None:
         """Count `n` as done before this run."""
@@ -319,7 +323,9 @@ def load_checkpoint(path: Path) -> dict:
         reason = "holds objects that could run code" if "nsupported" in str(error) else "is no checkpoint or is damaged"
         raise UserError(f"{path}: {reason}; expected a dict of tensors written by torch.save. Make it again or fetch it again") from None
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, OSError, UnicodeDecodeError):
-        raise UserError(f"{path}: is no checkpoint or is damaged; expected a dict of tensors written by torch.save. Make it again or fetch it again") from None
+        raise UserError(
+            f"{path}: is no checkpoint or is damaged; expected a dict of tensors written by torch.save. Make it again or fetch it again"
+        ) from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}; expected a dict of tensors written by torch.save")
     return content

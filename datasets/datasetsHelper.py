@@ -75,7 +75,9 @@ def read(task: Task, name: str, data_dir: Path, split: str) -> Images:
     data = READERS[name](Path(data_dir), split)
     expected = (task.image_channels, task.image_size, task.image_size)
     if data.images.shape[1:] != expected:
-        raise UserError(f"{name} in {data_dir}: images are {list(data.images.shape[1:])}, expected {list(expected)} (channels, height, width)")
+        raise UserError(
+            f"{name} in {data_dir}: images are {list(data.images.shape[1:])}, expected {list(expected)} (channels, height, width)"
+        )
     return data
 
 

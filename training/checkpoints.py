@@ -47,6 +47,8 @@ def load_network(path: Path, model: nn.Module, what: str, expected: dict, remedy
     for name, tensor in ours.items():
         if getattr(state[name], "shape", None) != tensor.shape:
             found = list(getattr(state[name], "shape", []))
-            raise UserError(f"{path}: {name} is {found}, expected {list(tensor.shape)}: {what} of another task or number of classes. {remedy}")
+            raise UserError(
+                f"{path}: {name} is {found}, expected {list(tensor.shape)}: {what} of another task or number of classes. {remedy}"
+            )
     model.load_state_dict(state)
     return origin

@@ -12,7 +12,7 @@ from utils import autocast
 CHUNK = 2048  # images: enough to keep any device busy, little enough for its memory
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def in_chunks(function: Callable[..., Tensor], inputs: Tensor, precision: str, chunk: int = CHUNK) -> Tensor:
     """`function` of consecutive chunks of `inputs` under autocast, as one fp32 tensor."""
     with autocast(inputs.device, precision):

@@ -136,7 +136,11 @@ def _check_stop(stop: SignalWatch, step: int, processes: Processes, state: RunSt
         return
     if processes.any(stop.received is not None):
         state.save()
-        where = f"the state is saved in {state.recorder.resume}: the same command goes on from there" if state.recorder.resume else "nothing is saved"
+        where = (
+            f"the state is saved in {state.recorder.resume}: the same command goes on from there"
+            if state.recorder.resume
+            else "nothing is saved"
+        )
         raise Stopped(f"stopped in epoch {state.epoch + 1}, {where}", stop.received or signal.SIGTERM)
 
 
@@ -180,7 +184,9 @@ class RunState:
         bad = (~torch.isfinite(losses)).nonzero().flatten()
         if len(bad):
             index = int(bad[0])
-            kept = f" The last good state is kept in {self.recorder.resume}." if self.recorder.resume and self.recorder.resume.exists() else ""
+            kept = (
+                f" The last good state is kept in {self.recorder.resume}." if self.recorder.resume and self.recorder.resume.exists() else ""
+            )
             step = self.step - len(self.losses) + index + 1
             raise UserError(
                 f"the loss is {losses[index].item()} at step {step} (epoch {(step - 1) // self.steps_per_epoch + 1}): "
@@ -240,8 +246,14 @@ class RunState:
             saved = load_checkpoint(path)
             if saved.get("identity") != self.identity():
                 theirs, ours = saved.get("identity") or {}, self.identity()
-                differ = [f"{k} was {theirs.get(k)}, is {ours.get(k)}" for k in sorted(theirs.keys() | ours.keys()) if theirs.get(k) != ours.get(k)]
-                raise UserError(f"{path} holds the state of a different run ({'; '.join(differ)}). Give the same options to resume it, or --restart to start over")
+                differ = [
+                    f"{k} was {theirs.get(k)}, is {ours.get(k)}"
+                    for k in sorted(theirs.keys() | ours.keys())
+                    if theirs.get(k) != ours.get(k)
+                ]
+                raise UserError(
+                    f"{path} holds the state of a different run ({'; '.join(differ)}). Give the same options to resume it, or --restart to start over"
+                )
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             device = self.processes.device

@@ -74,7 +74,9 @@ def join_processes(device_name: str | None) -> Processes:
     device = pick_device(device_name)
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"torchrun started more processes than this machine has GPUs ({torch.cuda.device_count()}): lower --nproc_per_node")
+            raise UserError(
+                f"torchrun started more processes than this machine has GPUs ({torch.cuda.device_count()}): lower --nproc_per_node"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

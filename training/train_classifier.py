@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from datasets.datasetsHelper import Images, to_float
 from datasets.tasks import Task
+from evaluation.metrics import accuracy
 from models.main_model import MainModel
 from training.inference import in_chunks
 
@@ -60,8 +61,3 @@ def evaluate_classifier(model: MainModel, data: Images, num_ind: int, precision:
     """Accuracy over the IND classes, of a model and images on one device."""
     logits = in_chunks(lambda images: model(to_float(images)), data.images, precision)
     return {"accuracy": accuracy(logits, data.labels, num_ind)}
-
-
-def accuracy(logits: Tensor, labels: Tensor, num_ind: int) -> float:
-    """Share of images whose largest logit among the `num_ind` IND classes is that of their label: [N, classes], [N]."""
-    return (logits[:, :num_ind].argmax(1) == labels).double().mean().item()

@@ -1,0 +1,24 @@
+"""OOD scores of logits: a larger score means more likely OOD, everywhere.
+
+`num_ind` is the number of IND classes; logit `num_ind` is the OOD slot.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def energy(logits: Tensor) -> Tensor:
+    """E(x) = -logsumexp of the logits: [..., C] -> [...] (Liu et al., NeurIPS 2020, equation 4 with T = 1)."""
+    return -torch.logsumexp(logits, dim=-1)
+
+
+def energy_score(logits: Tensor, num_ind: int) -> Tensor:
+    """CMG-energy: the energy of the IND logits, [..., C] -> [...]."""
+    return energy(logits[..., :num_ind])
+
+
+def softmax_score(logits: Tensor, num_ind: int) -> Tensor:
+    """CMG-softmax: probability of the OOD slot among the IND logits and itself, [..., C] -> [...]."""
+    return logits[..., : num_ind + 1].softmax(dim=-1)[..., num_ind]

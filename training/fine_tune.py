@@ -1,0 +1,324 @@
+"""Stage 2: fine-tune the head against pseudo-OOD images, every mode and seed in one pass.
+
+The extractor is frozen, in eval mode and sees no augmentation, so the features of all real images are
+constants: they come in here, encoded once. Only pseudo-OOD images, fresh in every step, still go through
+the networks. They depend on the seed and not on the mode: all modes of a seed share them, as they share the
+order of the IND images. Nothing here depends on the OOD sets, which are only scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from evaluation.metrics import accuracy, auroc
+from evaluation.scores import energy, energy_score, softmax_score
+from models.vae import Codes, ConditionalVAE, decode_pseudo_ood, draw_codes
+from training.inference import CHUNK
+from training.losses import energy_loss, order_statistic, softmax_loss
+from utils import Progress, autocast, generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneConfig:
+    """What decides the result of stage 2, beside the networks and the images.
+
+    Attributes:
+        num_ind: IND classes.
+        epochs, batch_size, learning_rate: Adam over `epochs` passes of the IND training images; each batch meets
+            as many pseudo-OOD images.
+        check_every: steps between two evaluations; the first is before the first step, the last after the last.
+        sigma: standard deviation of the latents of pseudo-OOD images.
+        mu: weight of the energy terms.
+        ind_quantile, pseudo_quantile: of the energies that become the margins m_in and m_out.
+        anchor: weight of the squared distance of the head from its start, added to the loss; 0 in the method.
+        pseudo_pool: draw from so many pseudo-OOD images made in advance; 0, as in the method, makes fresh ones.
+        precision: "fp32" or "bf16", under which networks and heads run; losses and scores are always fp32.
+    """
+
+    num_ind: int
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    check_every: int
+    sigma: float
+    mu: float = 0.1
+    ind_quantile: float = 0.2
+    pseudo_quantile: float = 0.8
+    anchor: float = 0.0
+    pseudo_pool: int = 0
+    precision: str = "fp32"
+
+
+class Margins(NamedTuple):
+    """Energies up to which IND images, and from which pseudo-OOD images, cost nothing: [S], one for each seed."""
+
+    m_in: Tensor
+    m_out: Tensor
+
+    def of(self, s: int) -> tuple[float, float]:
+        return self.m_in[s].item(), self.m_out[s].item()
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to fine-tune and score.
+
+    Attributes:
+        loss: (IND logits, labels, pseudo-OOD logits, margins, config) -> a loss for each head.
+        score: (logits, num_ind) -> OOD scores.
+        uses_margins: whether the loss needs the margins, which are None otherwise.
+    """
+
+    loss: Callable[[Tensor, Tensor, Tensor, Margins | None, FineTuneConfig], Tensor]
+    score: Callable[[Tensor, int], Tensor]
+    uses_margins: bool
+
+
+MODES: dict[str, Mode] = {
+    "CMG-softmax": Mode(
+        loss=lambda ind, labels, pseudo, margins, config: softmax_loss(ind, labels, pseudo, config.num_ind),
+        score=softmax_score,
+        uses_margins=False,
+    ),
+    "CMG-energy": Mode(
+        loss=lambda ind, labels, pseudo, margins, config: energy_loss(ind, labels, pseudo, *margins, config.mu),
+        score=energy_score,
+        uses_margins=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class FeatureBank:
+    """Features [N, F] of the real images, and the labels of those that have some.
+
+    `validation` are IND training images that neither stage trained on; empty where none were kept.
+    """
+
+    train: Tensor
+    train_labels: Tensor
+    validation: Tensor
+    test: Tensor
+    test_labels: Tensor
+    ood: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class PseudoOOD:
+    """Makes the features of pseudo-OOD images.
+
+    Attributes:
+        vae: in eval mode.
+        features: images [B, C, S, S] in [0, 1] -> features [B, F], of the frozen extractor in eval mode.
+    """
+
+    vae: ConditionalVAE
+    features: Callable[[Tensor], Tensor]
+    num_ind: int
+    sigma: float
+    precision: str
+    device: torch.device
+
+    def draw(self, count: int, generator: torch.Generator) -> Codes:
+        return draw_codes(count, self.num_ind, self.vae.z_dim, generator)
+
+    @torch.no_grad()
+    def encode(self, codes: Codes) -> Tensor:
+        """Features [N, F] of the images of N codes."""
+        parts = []
+        with autocast(self.device, self.precision):
+            for start in range(0, len(codes.first), CHUNK):
+                images = decode_pseudo_ood(self.vae, codes.rows(start, start + CHUNK).to(self.device), self.sigma)
+                parts.append(self.features(images.float()).float())
+        return torch.cat(parts)
+
+
+class Check(NamedTuple):
+    """One evaluation: of the optimizer step it follows, on the test images and on the validation images."""
+
+    step: int
+    accuracy: float
+    auroc: dict[str, float]
+    validation_auroc: float | None
+
+
+@dataclass
+class Run:
+    """What became of one head.
+
+    Attributes:
+        curve: the evaluations, in the order of steps.
+        last: the head's parameters after the last step.
+        validated: those at `validated_step`, the check with the best AUROC of validation images against fresh
+            pseudo-OOD images; None where no validation images were kept.
+        margins: m_in and m_out, where the mode uses them.
+    """
+
+    mode: str
+    seed: int
+    margins: tuple[float, float] | None
+    curve: list[Check] = field(default_factory=list)
+    last: dict[str, Tensor] | None = None
+    validated: dict[str, Tensor] | None = None
+    validated_step: int | None = None
+
+
+class HeadStack:
+    """Copies of a head, trained side by side as one batched computation."""
+
+    def __init__(self, head: nn.Module, copies: int):
+        self.head = head
+        self.start = {name: p.detach() for name, p in head.named_parameters()}
+        self.parameters = {name: p.repeat(copies, *[1] * p.dim()).requires_grad_() for name, p in self.start.items()}
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """[K, B, F] -> [K, B, C], each copy on its own batch."""
+        return vmap(partial(functional_call, self.head))(self.parameters, features).float()
+
+    def distance(self) -> Tensor:
+        """Squared distance of each copy from the start: [K]."""
+        return sum(((p - self.start[name]) ** 2).flatten(1).sum(1) for name, p in self.parameters.items())
+
+    def copy(self, k: int) -> dict[str, Tensor]:
+        """The parameters of copy k, as they are now."""
+        return {name: p.detach()[k].clone() for name, p in self.parameters.items()}
+
+
+@torch.no_grad()
+def head_logits(head: nn.Module, parameters: dict[str, Tensor], features: Tensor) -> Tensor:
+    """Logits [N, C] of `head` with the given parameters, in fp32."""
+    return functional_call(head, parameters, (features,))
+
+
+def fine_tune(
+    head: nn.Module,
+    bank: FeatureBank,
+    pseudo: PseudoOOD,
+    config: FineTuneConfig,
+    modes: Sequence[str],
+    seeds: Sequence[int],
+    show_progress: bool = True,
+) -> list[Run]:
+    """Fine-tune a copy of `head` for every mode and seed; `head` itself stays as it is.
+
+    A run's draws follow from its seed alone, so its result does not depend on what else is tuned beside it, up
+    to the rounding of batched products.
+    """
+    device, count = bank.train.device, len(bank.train)
+    stacks = {mode: HeadStack(head, len(seeds)) for mode in modes}
+    margins = find_margins(head, bank, pseudo, config, seeds) if any(MODES[mode].uses_margins for mode in modes) else None
+    runs = {
+        (mode, s): Run(mode, seed, margins.of(s) if MODES[mode].uses_margins else None) for mode in modes for s, seed in enumerate(seeds)
+    }
+    checker = Checker(head, bank, pseudo, config, seeds)
+    source = PooledFeatures(pseudo, config, seeds) if config.pseudo_pool else FreshFeatures(pseudo, config, seeds)
+    optimizer = torch.optim.Adam([p for stack in stacks.values() for p in stack.parameters.values()], config.learning_rate, fused=True)
+    progress = Progress(config.epochs * count, "stage 2", enabled=show_progress)
+    step = 0
+    for epoch in range(config.epochs):
+        orders = torch.stack([torch.randperm(count, generator=generator(seed, "order", epoch)) for seed in seeds]).to(device)
+        for rows, pseudo_features in zip(orders.split(config.batch_size, dim=1), source.batches(epoch, count), strict=True):
+            if step % config.check_every == 0:
+                checker.check(step, stacks, runs)
+            with autocast(device, config.precision):
+                loss = _loss(stacks, bank.train[rows], bank.train_labels[rows], pseudo_features, margins, config)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            step += 1
+            progress.advance(rows.shape[1], lambda: f"epoch {epoch + 1}/{config.epochs}  loss {loss.item() / len(runs):.4f}")
+    checker.check(step, stacks, runs)
+    progress.close()
+    for (mode, s), run in runs.items():
+        run.last = stacks[mode].copy(s)
+    return list(runs.values())
+
+
+def _loss(stacks, ind_features, labels, pseudo_features, margins, config) -> Tensor:
+    """Sum of the losses of all heads, whose gradients do not meet: features [S, B, F], labels [S, B]."""
+    total = 0
+    for mode, stack in stacks.items():
+        losses = MODES[mode].loss(stack(ind_features), labels, stack(pseudo_features), margins, config)
+        if config.anchor:
+            losses = losses + config.anchor * stack.distance()
+        total = total + losses.sum()
+    return total
+
+
+def find_margins(head: nn.Module, bank: FeatureBank, pseudo: PseudoOOD, config: FineTuneConfig, seeds: Sequence[int]) -> Margins:
+    """The margins, from the energies (over all logits) of the IND training images and of as many pseudo-OOD images,
+    under the head as it is before fine-tuning."""
+    start = dict(head.named_parameters())
+    m_in = order_statistic(energy(head_logits(head, start, bank.train)), config.ind_quantile)
+    m_out = []
+    for seed in seeds:
+        features = pseudo.encode(pseudo.draw(len(bank.train), generator(seed, "margins")))
+        m_out.append(order_statistic(energy(head_logits(head, start, features)), config.pseudo_quantile))
+    return Margins(m_in.expand(len(seeds)).clone(), torch.stack(m_out).clone())
+
+
+STEPS_PER_CHUNK = 16  # whose pseudo-OOD images are made at once
+
+
+class FreshFeatures:
+    """New pseudo-OOD images for every step, as the method has it."""
+
+    def __init__(self, pseudo: PseudoOOD, config: FineTuneConfig, seeds: Sequence[int]):
+        self.pseudo, self.config, self.seeds = pseudo, config, seeds
+
+    def batches(self, epoch: int, count: int):
+        """Yield features [S, B, F] for each batch of an epoch of `count` images."""
+        codes = [self.pseudo.draw(count, generator(seed, "pseudo", epoch)) for seed in self.seeds]
+        chunk = STEPS_PER_CHUNK * self.config.batch_size
+        for start in range(0, count, chunk):
+            features = torch.stack([self.pseudo.encode(c.rows(start, start + chunk)) for c in codes])
+            yield from features.split(self.config.batch_size, dim=1)
+
+
+class PooledFeatures:
+    """Draws with replacement from a pool of pseudo-OOD images, made once for each seed."""
+
+    def __init__(self, pseudo: PseudoOOD, config: FineTuneConfig, seeds: Sequence[int]):
+        self.config, self.seeds = config, seeds
+        self.pools = torch.stack([pseudo.encode(pseudo.draw(config.pseudo_pool, generator(seed, "pool"))) for seed in seeds])
+
+    def batches(self, epoch: int, count: int):
+        """Yield features [S, B, F] for each batch of an epoch of `count` images."""
+        draws = [torch.randint(self.config.pseudo_pool, (count,), generator=generator(seed, "pseudo", epoch)) for seed in self.seeds]
+        for rows in torch.stack(draws).to(self.pools.device).split(self.config.batch_size, dim=1):
+            yield torch.stack([pool[r] for pool, r in zip(self.pools, rows, strict=True)])
+
+
+class Checker:
+    """Scores the heads as they stand on test, OOD and validation images."""
+
+    def __init__(self, head: nn.Module, bank: FeatureBank, pseudo: PseudoOOD, config: FineTuneConfig, seeds: Sequence[int]):
+        self.head, self.bank, self.config, self.seeds = head, bank, config, seeds
+        count = len(bank.validation)
+        self.fresh = [pseudo.encode(pseudo.draw(count, generator(seed, "validation"))) for seed in seeds] if count else None
+        self.best: dict[tuple[str, int], float] = {}
+
+    @torch.no_grad()
+    def check(self, step: int, stacks: dict[str, HeadStack], runs: dict[tuple[str, int], Run]) -> None:
+        """Append a `Check` to every run and keep the heads whose validation figure is the best so far."""
+        for (mode, s), run in runs.items():
+            parameters = stacks[mode].copy(s)
+
+            def score(features: Tensor, parameters=parameters, mode=mode) -> Tensor:
+                return MODES[mode].score(head_logits(self.head, parameters, features), self.config.num_ind)
+
+            logits = head_logits(self.head, parameters, self.bank.test)
+            ind_scores = MODES[mode].score(logits, self.config.num_ind)
+            figures = {name: auroc(ind_scores, score(features)) for name, features in self.bank.ood.items()}
+            validation = auroc(score(self.bank.validation), score(self.fresh[s])) if self.fresh else None
+            run.curve.append(Check(step, accuracy(logits, self.bank.test_labels, self.config.num_ind), figures, validation))
+            if validation is not None and validation > self.best.get((mode, s), -1.0):
+                self.best[mode, s] = validation
+                run.validated, run.validated_step = parameters, step

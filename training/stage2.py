@@ -1,0 +1,152 @@
+"""Stage 2 from networks and images to figures: encode once, fine-tune, score every OOD set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from datasets.datasetsHelper import Images, to_float
+from datasets.tasks import Task
+from evaluation.report import BASELINES, detection_row, ind_figures
+from models.main_model import MainModel
+from models.vae import ConditionalVAE
+from training.checkpoints import load_network
+from training.fine_tune import MODES, FeatureBank, FineTuneConfig, PseudoOOD, Run, fine_tune, head_logits
+from training.inference import in_chunks
+from training.train_classifier import build_classifier
+from training.train_cvae import build_cvae
+from utils import UserError
+
+
+def load_networks(
+    task: Task, task_name: str, partition: str, paths: dict[str, Path], device: torch.device
+) -> tuple[MainModel, ConditionalVAE, dict[str, dict]]:
+    """Classifier and CVAE in eval mode, with how each was made.
+
+    Args:
+        paths: of their checkpoints, by training command.
+
+    Raises:
+        UserError: a file is missing or is not what it should be, or the two kept different images from training.
+    """
+    networks, origins = {}, {}
+    for command, build in (("train_classifier", build_classifier), ("train_cvae", build_cvae)):
+        expected = {"command": command, "task": task_name, "partition": partition}
+        remedy = f"Make it with: python -m train --task {task_name} --partition {partition} --command {command} --params-dict-name {paths[command]}"
+        network = build(task)
+        what = f"the {command.removeprefix('train_')} of {task_name}"
+        origins[command] = load_network(paths[command], network, what, expected, remedy)
+        networks[command] = network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    kept = [origin.get("val_fraction", 0.0) for origin in origins.values()]
+    if kept[0] != kept[1]:
+        raise UserError(f"the classifier was trained with --val-fraction {kept[0]} and the CVAE with {kept[1]}: train both with the same")
+    return *networks.values(), origins
+
+
+def split_model(model: MainModel, tune: str) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
+    """The frozen part, images [B, C, S, S] -> [B, F], and the part that is fine-tuned, [B, F] -> [B, classes].
+
+    `tune` is "head", as in the method, or "last-layer", which freezes the head's first layer too.
+    """
+    if tune == "head":
+        return model.features, model.classifier
+    return lambda images: F.relu(model.classifier.fc1(model.features(images))), model.classifier.fc2
+
+
+@dataclass(frozen=True)
+class Stage2Data:
+    """Real images, uint8 and on the device: IND with labels, OOD sets by name; `validation` may be empty."""
+
+    train: Images
+    validation: Images
+    test: Images
+    ood: dict[str, Tensor]
+
+    def encode(self, features: Callable[[Tensor], Tensor], precision: str) -> FeatureBank:
+        """The features of all images."""
+
+        def run(images: Tensor) -> Tensor:
+            return in_chunks(lambda part: features(to_float(part)), images, precision)
+
+        return FeatureBank(
+            train=run(self.train.images),
+            train_labels=self.train.labels,
+            validation=run(self.validation.images) if len(self.validation) else torch.empty(0),
+            test=run(self.test.images),
+            test_labels=self.test.labels,
+            ood={name: run(images) for name, images in self.ood.items()},
+        )
+
+
+def run_stage2(
+    classifier: MainModel,
+    cvae: ConditionalVAE,
+    data: Stage2Data,
+    config: FineTuneConfig,
+    modes: Sequence[str],
+    seeds: Sequence[int],
+    tune: str,
+) -> dict:
+    """Fine-tune for every mode and seed and score every OOD set.
+
+    Returns:
+        "detection": rows of detection figures; "ind": rows of figures on IND test images; "runs": curves and
+        margins; "tuned": for each run its `Run`, whose heads can be saved.
+    """
+    device = data.train.images.device
+    features, head = split_model(classifier, tune)
+    bank = data.encode(features, config.precision)
+    pseudo = PseudoOOD(cvae, features, config.num_ind, config.sigma, config.precision, device)
+    runs = fine_tune(head, bank, pseudo, config, modes, seeds)
+    detection, ind = untouched_rows(head, bank, config.num_ind)
+    for run in runs:
+        run_detection, run_ind = run_rows(head, bank, run, config.num_ind)
+        detection += run_detection
+        ind += run_ind
+    return {"detection": detection, "ind": ind, "runs": [run_summary(run) for run in runs], "tuned": runs}
+
+
+def untouched_rows(head: nn.Module, bank: FeatureBank, num_ind: int) -> tuple[list[dict], list[dict]]:
+    """Baselines and IND figures of the classifier before fine-tuning."""
+    start = dict(head.named_parameters())
+    test_logits = head_logits(head, start, bank.test)
+    detection = []
+    for name, ood_features in bank.ood.items():
+        ood_logits = head_logits(head, start, ood_features)
+        for method, score in BASELINES.items():
+            detection.append(detection_row(method, name, None, "untouched", score(test_logits), score(ood_logits)))
+    return detection, [{"method": "classifier", "seed": None, "at": "untouched"} | ind_figures(test_logits, bank.test_labels, num_ind)]
+
+
+def run_rows(head: nn.Module, bank: FeatureBank, run: Run, num_ind: int) -> tuple[list[dict], list[dict]]:
+    """Figures of one run: after the last step, at the validated one, and the best AUROC over its checks."""
+    detection, ind = [], []
+    score = MODES[run.mode].score
+    for at, parameters in (("last", run.last), ("validated", run.validated)):
+        if parameters is None:
+            continue
+        test_logits = head_logits(head, parameters, bank.test)
+        ind.append({"method": run.mode, "seed": run.seed, "at": at} | ind_figures(test_logits, bank.test_labels, num_ind))
+        for name, ood_features in bank.ood.items():
+            ood_scores = score(head_logits(head, parameters, ood_features), num_ind)
+            detection.append(detection_row(run.mode, name, run.seed, at, score(test_logits, num_ind), ood_scores))
+    for name in bank.ood:
+        best = max(check.auroc[name] for check in run.curve)
+        detection.append({"method": run.mode, "ood_dataset": name, "seed": run.seed, "at": "max", "auroc": best})
+    return detection, ind
+
+
+def run_summary(run: Run) -> dict:
+    """A run as plain values, without its parameters."""
+    return {
+        "mode": run.mode,
+        "seed": run.seed,
+        "margins": run.margins and {"m_in": run.margins[0], "m_out": run.margins[1]},
+        "validated_step": run.validated_step,
+        "curve": [check._asdict() for check in run.curve],
+    }
