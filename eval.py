@@ -34,20 +34,40 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser, list(TASKS), all_partitions())
     parser.add_argument(
-        "--mode", nargs="+", choices=[*MODE_NAMES, "all"], default=["all"], help="loss and score, one or several (default: all)"
+        "--mode",
+        nargs="+",
+        choices=[*MODE_NAMES, "all"],
+        default=["all"],
+        help="loss and score, one or several (default: all)",
     )
     parser.add_argument(
-        "--ood-dataset", nargs="+", choices=[*all_ood_datasets(), "all"], default=["all"], help="OOD sets (default: all of the task)"
+        "--ood-dataset",
+        nargs="+",
+        choices=[*all_ood_datasets(), "all"],
+        default=["all"],
+        help="OOD sets (default: all of the task)",
     )
-    parser.add_argument("--params-dict-name", type=Path, help="the classifier's checkpoint (default: where train writes it)")
+    parser.add_argument(
+        "--params-dict-name", type=Path, help="the classifier's checkpoint (default: where train writes it)"
+    )
     parser.add_argument("--params-dict-name2", type=Path, help="the CVAE's checkpoint (default: where train writes it)")
-    parser.add_argument("--seeds", "--seed", nargs="+", type=seed_number, default=[123], help="of stage 2 (default: 123)")
-    parser.add_argument("--output", type=Path, help="JSON file of the results (default: results/TASK_PARTITION_MODES_SEEDS.json)")
-    method = parser.add_argument_group("the method", "the defaults are the paper's; anything else is another experiment")
+    parser.add_argument(
+        "--seeds", "--seed", nargs="+", type=seed_number, default=[123], help="of stage 2 (default: 123)"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="JSON file of the results (default: results/TASK_PARTITION_MODES_SEEDS.json)"
+    )
+    method = parser.add_argument_group(
+        "the method", "the defaults are the paper's; anything else is another experiment"
+    )
     method.add_argument("--epochs", type=positive_int, help="passes over the IND training images (default: the task's)")
     method.add_argument("--batch-size", type=positive_int, default=128, help="(default: %(default)s)")
     method.add_argument("--lr", type=positive_float, default=1e-4, help="learning rate of Adam (default: %(default)s)")
-    method.add_argument("--sigma", type=positive_float, help="standard deviation of the latent of pseudo-OOD images (default: the task's)")
+    method.add_argument(
+        "--sigma",
+        type=positive_float,
+        help="standard deviation of the latent of pseudo-OOD images (default: the task's)",
+    )
     method.add_argument("--check-every", type=positive_int, help="steps between evaluations (default: the task's)")
     quantile = number(float, least=0, below=1)
     method.add_argument(
@@ -115,7 +135,8 @@ def main(args: argparse.Namespace) -> None:
     counts = {"IND training": len(train), "IND validation": len(validation), "IND test": len(test)}
     counts |= {name: len(images) for name, images in ood.items()}
     print(
-        f"{args.task} {partition} on {device} in {config.precision}: " + ", ".join(f"{n:,} {name}" for name, n in counts.items()),
+        f"{args.task} {partition} on {device} in {config.precision}: "
+        + ", ".join(f"{n:,} {name}" for name, n in counts.items()),
         flush=True,
     )
 

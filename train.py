@@ -32,11 +32,17 @@ from utils import (
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser, list(TASKS), all_partitions())
-    parser.add_argument("--command", choices=list(COMMANDS), default="train_classifier", help="which network (default: %(default)s)")
-    parser.add_argument("--params-dict-name", type=Path, help="checkpoint to write (default: ckpt/TASK_PARTITION_NETWORK.pkl)")
+    parser.add_argument(
+        "--command", choices=list(COMMANDS), default="train_classifier", help="which network (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--params-dict-name", type=Path, help="checkpoint to write (default: ckpt/TASK_PARTITION_NETWORK.pkl)"
+    )
     parser.add_argument("--seed", type=seed_number, default=123, help="(default: %(default)s)")
     parser.add_argument("--epochs", type=positive_int, help="(default: the task's)")
-    parser.add_argument("--batch-size", type=positive_int, help="images per step over all processes (default: the task's)")
+    parser.add_argument(
+        "--batch-size", type=positive_int, help="images per step over all processes (default: the task's)"
+    )
     parser.add_argument("--lr", type=positive_float, default=1e-3, help="learning rate of Adam (default: %(default)s)")
     parser.add_argument(
         "--val-fraction",
@@ -44,7 +50,9 @@ def get_parser() -> argparse.ArgumentParser:
         default=0.0,
         help="share of the IND training images kept out, on which eval can choose its step (default: %(default)s)",
     )
-    parser.add_argument("--save-every", type=positive_int, default=1, help="epochs between resumable states (default: %(default)s)")
+    parser.add_argument(
+        "--save-every", type=positive_int, default=1, help="epochs between resumable states (default: %(default)s)"
+    )
     parser.add_argument("--restart", action="store_true", help="start over, ignoring what an earlier run left")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network")
     parser.add_argument("--log", type=Path, help="write one JSON line per epoch to this file")
@@ -98,7 +106,8 @@ def train(args: argparse.Namespace, processes) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     if processes.is_main:
         print(
-            f"{args.command}: {args.task} {partition}, {len(training_images):,} images, {config.epochs} epochs on {device} in {config.precision}",
+            f"{args.command}: {args.task} {partition}, {len(training_images):,} images, {config.epochs} epochs "
+            f"on {device} in {config.precision}",
             flush=True,
         )
     recorder = Recorder(
@@ -134,7 +143,8 @@ def is_done(path: Path, resume: Path, origin: dict, restart: bool) -> bool:
     differ = [f"{key} was {theirs.get(key)}, is {value}" for key, value in origin.items() if theirs.get(key) != value]
     if differ:
         raise UserError(
-            f"{path} exists and was made otherwise ({'; '.join(differ)}). Name another --params-dict-name, or replace it with --restart"
+            f"{path} exists and was made otherwise ({'; '.join(differ)}). "
+            "Name another --params-dict-name, or replace it with --restart"
         )
     return True
 

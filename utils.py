@@ -66,11 +66,15 @@ def number(kind: type = int, above: float = -math.inf, below: float = math.inf, 
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole number' if kind is int else 'number'}") from None
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a {'whole number' if kind is int else 'number'}"
+            ) from None
         if not (math.isfinite(value) and above < value < below and value >= least):
             bounds = [f"above {above:g}"] * (above > -math.inf) + [f"at least {least:g}"] * (least > -math.inf)
             bounds += [f"below {below:g}"] * (below < math.inf)
-            raise argparse.ArgumentTypeError(f"{text} is out of range: expected {' and '.join(bounds) or 'a finite number'}")
+            raise argparse.ArgumentTypeError(
+                f"{text} is out of range: expected {' and '.join(bounds) or 'a finite number'}"
+            )
         return value
 
     return parse
@@ -83,10 +87,14 @@ seed_number = number(int, least=0)
 
 def add_common_arguments(parser: argparse.ArgumentParser, tasks: list[str], partitions: list[str]) -> None:
     """The arguments that every command shares; their choices come from the task registry."""
-    parser.add_argument("--task", choices=tasks, default=tasks[0], help="what is IND and what is OOD (default: %(default)s)")
+    parser.add_argument(
+        "--task", choices=tasks, default=tasks[0], help="what is IND and what is OOD (default: %(default)s)"
+    )
     parser.add_argument("--partition", choices=partitions, help="which classes are IND (default: the task's first)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the first CUDA GPU, else the CPU)")
-    parser.add_argument("--data-dir", type=Path, default=Path("datasets"), help="folder of the images (default: ./datasets)")
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path("datasets"), help="folder of the images (default: ./datasets)"
+    )
     parser.add_argument(
         "--precision",
         choices=["auto", "fp32", "bf16"],
@@ -109,7 +117,7 @@ def derive_seed(seed: int, *stream: object) -> int:
 
 
 def generator(seed: int, *stream: object):
-    """A CPU `torch.Generator` for one stream: draws are made on the CPU so that a seed means the same on every device."""
+    """A CPU `torch.Generator` for one stream: drawn on the CPU, a seed means the same on every device."""
     import torch
 
     return torch.Generator().manual_seed(derive_seed(seed, *stream))
@@ -137,7 +145,9 @@ def pick_device(name: str | None):
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise UserError(f"--device {name}: not there; this machine has {count} CUDA GPU(s). Use --device cpu or leave it out")
+            raise UserError(
+                f"--device {name}: not there; this machine has {count} CUDA GPU(s). Use --device cpu or leave it out"
+            )
         device = torch.device("cuda", device.index or 0)
     return device
 
@@ -170,7 +180,12 @@ def environment(device) -> dict:
         hardware = torch.cuda.get_device_name(device)
     else:
         hardware = f"{cpu_name()}, {torch.get_num_threads()} threads"
-    return {"python": platform.python_version(), "torch": torch.__version__, "device": str(device), "hardware": hardware}
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": str(device),
+        "hardware": hardware,
+    }
 
 
 def cpu_name() -> str:
@@ -219,7 +234,8 @@ class Progress:
         rate = (self.done - self.skipped) / (now - self.start)
         left = (self.total - self.done) / rate
         print(
-            f"{self.description}: {self.done:,}/{self.total:,} {self.unit}  {note()}  {rate:,.0f} {self.unit}/s  {left:,.0f} s left",
+            f"{self.description}: {self.done:,}/{self.total:,} {self.unit}  {note()}  "
+            f"{rate:,.0f} {self.unit}/s  {left:,.0f} s left",
             flush=True,
         )
 
@@ -258,7 +274,9 @@ def replacing(path: Path):
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}. Choose a folder you may write to, with room left") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}. Choose a folder you may write to, with room left"
+        ) from error
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
@@ -321,10 +339,23 @@ def load_checkpoint(path: Path) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = "holds objects that could run code" if "nsupported" in str(error) else "is no checkpoint or is damaged"
-        raise UserError(f"{path}: {reason}; expected a dict of tensors written by torch.save. Make it again or fetch it again") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, OSError, UnicodeDecodeError):
         raise UserError(
-            f"{path}: is no checkpoint or is damaged; expected a dict of tensors written by torch.save. Make it again or fetch it again"
+            f"{path}: {reason}; expected a dict of tensors written by torch.save. Make it again or fetch it again"
+        ) from None
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        TypeError,
+        OSError,
+        UnicodeDecodeError,
+    ):
+        raise UserError(
+            f"{path}: is no checkpoint or is damaged; expected a dict of tensors written by torch.save. "
+            "Make it again or fetch it again"
         ) from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}; expected a dict of tensors written by torch.save")

@@ -51,4 +51,6 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, num_ind: int, bin
     confidence, predicted = logits[:, :num_ind].double().softmax(1).max(1)
     bin_of = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)
     gap = (predicted == labels).double() - confidence
-    return torch.zeros(bins, dtype=torch.float64, device=logits.device).index_add_(0, bin_of, gap).abs().sum().item() / len(labels)
+    return torch.zeros(bins, dtype=torch.float64, device=logits.device).index_add_(
+        0, bin_of, gap
+    ).abs().sum().item() / len(labels)

@@ -21,9 +21,13 @@ def ind_figures(logits: Tensor, labels: Tensor, num_ind: int) -> dict[str, float
     return {"accuracy": accuracy(logits, labels, num_ind), "ece": expected_calibration_error(logits, labels, num_ind)}
 
 
-def detection_row(method: str, ood_dataset: str, seed: int | None, at: str, ind_scores: Tensor, ood_scores: Tensor) -> dict:
-    """One line of results: a method, an OOD set, a seed (None where there is no chance in it) and the step it was taken at."""
-    return {"method": method, "ood_dataset": ood_dataset, "seed": seed, "at": at} | detection_metrics(ind_scores, ood_scores)
+def detection_row(
+    method: str, ood_dataset: str, seed: int | None, at: str, ind_scores: Tensor, ood_scores: Tensor
+) -> dict:
+    """One line of results: a method, an OOD set, a seed (None where there is no chance in it) and its step."""
+    return {"method": method, "ood_dataset": ood_dataset, "seed": seed, "at": at} | detection_metrics(
+        ind_scores, ood_scores
+    )
 
 
 # --- the table ----------------------------------------------------------------------------------
@@ -42,7 +46,9 @@ def format_table(rows: list[dict]) -> str:
     table = merge_seeds(rows, ["ood_dataset", "method", "at"], FIGURES)
     used = {row["at"] for row in rows}
     notes = [f"{at}: {note}." for at, note in NOTES.items() if at in used]
-    return "\n".join([align([["OOD set", "method", "step", *FIGURES.values()], *table]), "", f"{POSITIVE_CLASS}.", *notes])
+    return "\n".join(
+        [align([["OOD set", "method", "step", *FIGURES.values()], *table]), "", f"{POSITIVE_CLASS}.", *notes]
+    )
 
 
 def format_ind_table(rows: list[dict]) -> str:
@@ -56,13 +62,18 @@ def merge_seeds(rows: list[dict], keys: list[str], figures: Iterable[str]) -> li
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return [[*key, *(mean_and_sd([row[f] for row in members if f in row]) for f in figures)] for key, members in groups.items()]
+    return [
+        [*key, *(mean_and_sd([row[f] for row in members if f in row]) for f in figures)]
+        for key, members in groups.items()
+    ]
 
 
 def align(lines: list[list[str]]) -> str:
     """Lines of cells as text with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
 
 
 def mean_and_sd(values: list[float]) -> str:

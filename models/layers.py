@@ -54,7 +54,9 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != channels:
-            self.shortcut = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
@@ -85,7 +87,7 @@ class ResNet18(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """The decoder's residual block. Its first ReLU works in place, so the skip carries relu(x): relu(x) + f(relu(x))."""
+    """The decoder's residual block: relu(x) + f(relu(x)), since its first ReLU works in place on the skip's x too."""
 
     def __init__(self, channels: int):
         super().__init__()

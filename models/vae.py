@@ -82,7 +82,14 @@ class ConditionalVAE(nn.Module):
         dataset: family of networks, a key of `NETWORKS`.
     """
 
-    def __init__(self, z_dim: int = 32, image_channels: int = 1, image_size: int = 28, class_num: int = 10, dataset: str = "mnist"):
+    def __init__(
+        self,
+        z_dim: int = 32,
+        image_channels: int = 1,
+        image_size: int = 28,
+        class_num: int = 10,
+        dataset: str = "mnist",
+    ):
         super().__init__()
         make_encoder, make_decoder = NETWORKS[dataset]
         self.z_dim, self.class_num = z_dim, class_num

@@ -43,12 +43,16 @@ def load_network(path: Path, model: nn.Module, what: str, expected: dict, remedy
     missing, unknown = sorted(ours.keys() - state.keys()), sorted(state.keys() - ours.keys(), key=str)
     if missing or unknown:
         named = [f"lacks {missing[0]}"] * bool(missing) + [f"has {unknown[0]}"] * bool(unknown)
-        raise UserError(f"{path}: is not {what} ({' and '.join(named)}; {len(missing)} names missing, {len(unknown)} unknown). {remedy}")
+        raise UserError(
+            f"{path}: is not {what} ({' and '.join(named)}; "
+            f"{len(missing)} names missing, {len(unknown)} unknown). {remedy}"
+        )
     for name, tensor in ours.items():
         if getattr(state[name], "shape", None) != tensor.shape:
             found = list(getattr(state[name], "shape", []))
             raise UserError(
-                f"{path}: {name} is {found}, expected {list(tensor.shape)}: {what} of another task or number of classes. {remedy}"
+                f"{path}: {name} is {found}, expected {list(tensor.shape)}: "
+                f"{what} of another task or number of classes. {remedy}"
             )
     model.load_state_dict(state)
     return origin

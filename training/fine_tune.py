@@ -213,18 +213,28 @@ def fine_tune(
     """
     device, count = bank.train.device, len(bank.train)
     stacks = {mode: HeadStack(head, len(seeds)) for mode in modes}
-    margins = find_margins(head, bank, pseudo, config, seeds) if any(MODES[mode].uses_margins for mode in modes) else None
+    margins = (
+        find_margins(head, bank, pseudo, config, seeds) if any(MODES[mode].uses_margins for mode in modes) else None
+    )
     runs = {
-        (mode, s): Run(mode, seed, margins.of(s) if MODES[mode].uses_margins else None) for mode in modes for s, seed in enumerate(seeds)
+        (mode, s): Run(mode, seed, margins.of(s) if MODES[mode].uses_margins else None)
+        for mode in modes
+        for s, seed in enumerate(seeds)
     }
     checker = Checker(head, bank, pseudo, config, seeds)
     source = PooledFeatures(pseudo, config, seeds) if config.pseudo_pool else FreshFeatures(pseudo, config, seeds)
-    optimizer = torch.optim.Adam([p for stack in stacks.values() for p in stack.parameters.values()], config.learning_rate, fused=True)
+    optimizer = torch.optim.Adam(
+        [p for stack in stacks.values() for p in stack.parameters.values()], config.learning_rate, fused=True
+    )
     progress = Progress(config.epochs * count, "stage 2", enabled=show_progress)
     step = 0
     for epoch in range(config.epochs):
-        orders = torch.stack([torch.randperm(count, generator=generator(seed, "order", epoch)) for seed in seeds]).to(device)
-        for rows, pseudo_features in zip(orders.split(config.batch_size, dim=1), source.batches(epoch, count), strict=True):
+        orders = torch.stack([torch.randperm(count, generator=generator(seed, "order", epoch)) for seed in seeds]).to(
+            device
+        )
+        for rows, pseudo_features in zip(
+            orders.split(config.batch_size, dim=1), source.batches(epoch, count), strict=True
+        ):
             if step % config.check_every == 0:
                 checker.check(step, stacks, runs)
             with autocast(device, config.precision):
@@ -233,7 +243,9 @@ def fine_tune(
             loss.backward()
             optimizer.step()
             step += 1
-            progress.advance(rows.shape[1], lambda: f"epoch {epoch + 1}/{config.epochs}  loss {loss.item() / len(runs):.4f}")
+            progress.advance(
+                rows.shape[1], lambda: f"epoch {epoch + 1}/{config.epochs}  loss {loss.item() / len(runs):.4f}"
+            )
     checker.check(step, stacks, runs)
     progress.close()
     for (mode, s), run in runs.items():
@@ -252,7 +264,9 @@ def _loss(stacks, ind_features, labels, pseudo_features, margins, config) -> Ten
     return total
 
 
-def find_margins(head: nn.Module, bank: FeatureBank, pseudo: PseudoOOD, config: FineTuneConfig, seeds: Sequence[int]) -> Margins:
+def find_margins(
+    head: nn.Module, bank: FeatureBank, pseudo: PseudoOOD, config: FineTuneConfig, seeds: Sequence[int]
+) -> Margins:
     """The margins, from the energies (over all logits) of the IND training images and of as many pseudo-OOD images,
     under the head as it is before fine-tuning."""
     start = dict(head.named_parameters())
@@ -287,11 +301,16 @@ class PooledFeatures:
 
     def __init__(self, pseudo: PseudoOOD, config: FineTuneConfig, seeds: Sequence[int]):
         self.config, self.seeds = config, seeds
-        self.pools = torch.stack([pseudo.encode(pseudo.draw(config.pseudo_pool, generator(seed, "pool"))) for seed in seeds])
+        self.pools = torch.stack(
+            [pseudo.encode(pseudo.draw(config.pseudo_pool, generator(seed, "pool"))) for seed in seeds]
+        )
 
     def batches(self, epoch: int, count: int):
         """Yield features [S, B, F] for each batch of an epoch of `count` images."""
-        draws = [torch.randint(self.config.pseudo_pool, (count,), generator=generator(seed, "pseudo", epoch)) for seed in self.seeds]
+        draws = [
+            torch.randint(self.config.pseudo_pool, (count,), generator=generator(seed, "pseudo", epoch))
+            for seed in self.seeds
+        ]
         for rows in torch.stack(draws).to(self.pools.device).split(self.config.batch_size, dim=1):
             yield torch.stack([pool[r] for pool, r in zip(self.pools, rows, strict=True)])
 
@@ -299,10 +318,14 @@ class PooledFeatures:
 class Checker:
     """Scores the heads as they stand on test, OOD and validation images."""
 
-    def __init__(self, head: nn.Module, bank: FeatureBank, pseudo: PseudoOOD, config: FineTuneConfig, seeds: Sequence[int]):
+    def __init__(
+        self, head: nn.Module, bank: FeatureBank, pseudo: PseudoOOD, config: FineTuneConfig, seeds: Sequence[int]
+    ):
         self.head, self.bank, self.config, self.seeds = head, bank, config, seeds
         count = len(bank.validation)
-        self.fresh = [pseudo.encode(pseudo.draw(count, generator(seed, "validation"))) for seed in seeds] if count else None
+        self.fresh = (
+            [pseudo.encode(pseudo.draw(count, generator(seed, "validation"))) for seed in seeds] if count else None
+        )
         self.best: dict[tuple[str, int], float] = {}
 
     @torch.no_grad()
@@ -318,7 +341,9 @@ class Checker:
             ind_scores = MODES[mode].score(logits, self.config.num_ind)
             figures = {name: auroc(ind_scores, score(features)) for name, features in self.bank.ood.items()}
             validation = auroc(score(self.bank.validation), score(self.fresh[s])) if self.fresh else None
-            run.curve.append(Check(step, accuracy(logits, self.bank.test_labels, self.config.num_ind), figures, validation))
+            run.curve.append(
+                Check(step, accuracy(logits, self.bank.test_labels, self.config.num_ind), figures, validation)
+            )
             if validation is not None and validation > self.best.get((mode, s), -1.0):
                 self.best[mode, s] = validation
                 run.validated, run.validated_step = parameters, step

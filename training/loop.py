@@ -147,7 +147,9 @@ def _check_stop(stop: SignalWatch, step: int, processes: Processes, state: RunSt
 class RunState:
     """Where a run stands: its step, the losses of the epoch under way, the epochs behind it."""
 
-    def __init__(self, model, optimizer, config: LoopConfig, recorder: Recorder, processes: Processes, steps_per_epoch: int):
+    def __init__(
+        self, model, optimizer, config: LoopConfig, recorder: Recorder, processes: Processes, steps_per_epoch: int
+    ):
         self.model, self.optimizer, self.config = model, optimizer, config
         self.recorder, self.processes, self.steps_per_epoch = recorder, processes, steps_per_epoch
         self.step = 0
@@ -185,7 +187,9 @@ class RunState:
         if len(bad):
             index = int(bad[0])
             kept = (
-                f" The last good state is kept in {self.recorder.resume}." if self.recorder.resume and self.recorder.resume.exists() else ""
+                f" The last good state is kept in {self.recorder.resume}."
+                if self.recorder.resume and self.recorder.resume.exists()
+                else ""
             )
             step = self.step - len(self.losses) + index + 1
             raise UserError(
@@ -198,7 +202,10 @@ class RunState:
         self.check_finite()
         line = {"epoch": self.epoch}
         line |= {name: self.processes.mean(total).item() / count for name, total in self.sums.items()}
-        line |= {"learning_rate": self.optimizer.param_groups[0]["lr"], "images_per_second": round(images_per_second, 1)}
+        line |= {
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "images_per_second": round(images_per_second, 1),
+        }
         line["time"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self.history.append(line)
         self.losses, self.sums = [], {}
@@ -252,7 +259,8 @@ class RunState:
                     if theirs.get(k) != ours.get(k)
                 ]
                 raise UserError(
-                    f"{path} holds the state of a different run ({'; '.join(differ)}). Give the same options to resume it, or --restart to start over"
+                    f"{path} holds the state of a different run ({'; '.join(differ)}). "
+                    "Give the same options to resume it, or --restart to start over"
                 )
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -261,7 +269,10 @@ class RunState:
             self.losses = [loss.to(device) for loss in saved["losses"]]
             self.sums = {name: value.to(device) for name, value in saved["sums"].items()}
             if self.processes.is_main:
-                print(f"{self.recorder.name}: resuming at epoch {self.epoch + 1}, step {self.step_in_epoch}, from {path}", flush=True)
+                print(
+                    f"{self.recorder.name}: resuming at epoch {self.epoch + 1}, step {self.step_in_epoch}, from {path}",
+                    flush=True,
+                )
         if self.recorder.log and self.processes.is_main:
             self.recorder.log.parent.mkdir(parents=True, exist_ok=True)
             self.recorder.log.write_text("".join(json.dumps(line) + "\n" for line in self.history))

@@ -28,7 +28,9 @@ def softmax_loss(ind_logits: Tensor, labels: Tensor, pseudo_logits: Tensor, num_
     return cross_entropy(ind_logits, labels) + cross_entropy(slot_logits, slot)
 
 
-def energy_loss(ind_logits: Tensor, labels: Tensor, pseudo_logits: Tensor, m_in: Tensor, m_out: Tensor, mu: float) -> Tensor:
+def energy_loss(
+    ind_logits: Tensor, labels: Tensor, pseudo_logits: Tensor, m_in: Tensor, m_out: Tensor, mu: float
+) -> Tensor:
     """CMG-energy: cross-entropy + mu * [mean relu(E_ind - m_in)^2 + mean relu(m_out - E_pseudo)^2], with
     E = -logsumexp of all logits and margins [...], one pair for each head."""
     ind_excess = F.relu(energy(ind_logits) - m_in.unsqueeze(-1))

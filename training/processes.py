@@ -75,7 +75,8 @@ def join_processes(device_name: str | None) -> Processes:
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"torchrun started more processes than this machine has GPUs ({torch.cuda.device_count()}): lower --nproc_per_node"
+                f"torchrun started more processes than this machine has GPUs ({torch.cuda.device_count()}): "
+                "lower --nproc_per_node"
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)

@@ -37,14 +37,20 @@ def load_networks(
     networks, origins = {}, {}
     for command, build in (("train_classifier", build_classifier), ("train_cvae", build_cvae)):
         expected = {"command": command, "task": task_name, "partition": partition}
-        remedy = f"Make it with: python -m train --task {task_name} --partition {partition} --command {command} --params-dict-name {paths[command]}"
+        remedy = (
+            f"Make it with: python -m train --task {task_name} --partition {partition} "
+            f"--command {command} --params-dict-name {paths[command]}"
+        )
         network = build(task)
         what = f"the {command.removeprefix('train_')} of {task_name}"
         origins[command] = load_network(paths[command], network, what, expected, remedy)
         networks[command] = network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     kept = [origin.get("val_fraction", 0.0) for origin in origins.values()]
     if kept[0] != kept[1]:
-        raise UserError(f"the classifier was trained with --val-fraction {kept[0]} and the CVAE with {kept[1]}: train both with the same")
+        raise UserError(
+            f"the classifier was trained with --val-fraction {kept[0]} and the CVAE with {kept[1]}: "
+            "train both with the same"
+        )
     return *networks.values(), origins
 
 
@@ -120,7 +126,9 @@ def untouched_rows(head: nn.Module, bank: FeatureBank, num_ind: int) -> tuple[li
         ood_logits = head_logits(head, start, ood_features)
         for method, score in BASELINES.items():
             detection.append(detection_row(method, name, None, "untouched", score(test_logits), score(ood_logits)))
-    return detection, [{"method": "classifier", "seed": None, "at": "untouched"} | ind_figures(test_logits, bank.test_labels, num_ind)]
+    return detection, [
+        {"method": "classifier", "seed": None, "at": "untouched"} | ind_figures(test_logits, bank.test_labels, num_ind)
+    ]
 
 
 def run_rows(head: nn.Module, bank: FeatureBank, run: Run, num_ind: int) -> tuple[list[dict], list[dict]]:
@@ -131,7 +139,9 @@ def run_rows(head: nn.Module, bank: FeatureBank, run: Run, num_ind: int) -> tupl
         if parameters is None:
             continue
         test_logits = head_logits(head, parameters, bank.test)
-        ind.append({"method": run.mode, "seed": run.seed, "at": at} | ind_figures(test_logits, bank.test_labels, num_ind))
+        ind.append(
+            {"method": run.mode, "seed": run.seed, "at": at} | ind_figures(test_logits, bank.test_labels, num_ind)
+        )
         for name, ood_features in bank.ood.items():
             ood_scores = score(head_logits(head, parameters, ood_features), num_ind)
             detection.append(detection_row(run.mode, name, run.seed, at, score(test_logits, num_ind), ood_scores))
