@@ -11,47 +11,52 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datasets.datasetsHelper import Images, to_float
-from datasets.tasks import Task
+from datasets.tasks import COMMANDS, Task
 from evaluation.report import BASELINES, detection_row, ind_figures
 from models.main_model import MainModel
 from models.vae import ConditionalVAE
 from training.checkpoints import load_network
 from training.fine_tune import MODES, FeatureBank, FineTuneConfig, PseudoOOD, Run, fine_tune, head_logits
 from training.inference import in_chunks
-from training.train_classifier import build_classifier
-from training.train_cvae import build_cvae
+from training.stages import STAGES
 from utils import UserError
+
+
+def load_stage1(
+    command: str, task: Task, task_name: str, partition: str, path: Path, device: torch.device
+) -> tuple[nn.Module, dict]:
+    """A network that `train --command COMMAND` made, frozen and in eval mode, and how it was made.
+
+    Raises:
+        UserError: the file is missing or is not what it should be.
+    """
+    network = STAGES[command].build(task)
+    remedy = (
+        f"Make it with: python -m train --task {task_name} --partition {partition} "
+        f"--command {command} --params-dict-name {path}"
+    )
+    expected = {"command": command, "task": task_name, "partition": partition}
+    origin = load_network(path, network, f"the {COMMANDS[command]} of {task_name}", expected, remedy)
+    return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), origin
 
 
 def load_networks(
     task: Task, task_name: str, partition: str, paths: dict[str, Path], device: torch.device
 ) -> tuple[MainModel, ConditionalVAE, dict[str, dict]]:
-    """Classifier and CVAE in eval mode, with how each was made.
-
-    Args:
-        paths: of their checkpoints, by training command.
+    """Classifier and CVAE, and how each was made; `paths` and origins are by training command.
 
     Raises:
         UserError: a file is missing or is not what it should be, or the two kept different images from training.
     """
-    networks, origins = {}, {}
-    for command, build in (("train_classifier", build_classifier), ("train_cvae", build_cvae)):
-        expected = {"command": command, "task": task_name, "partition": partition}
-        remedy = (
-            f"Make it with: python -m train --task {task_name} --partition {partition} "
-            f"--command {command} --params-dict-name {paths[command]}"
-        )
-        network = build(task)
-        what = f"the {command.removeprefix('train_')} of {task_name}"
-        origins[command] = load_network(paths[command], network, what, expected, remedy)
-        networks[command] = network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    loaded = {command: load_stage1(command, task, task_name, partition, paths[command], device) for command in COMMANDS}
+    origins = {command: origin for command, (_, origin) in loaded.items()}
     kept = [origin.get("val_fraction", 0.0) for origin in origins.values()]
     if kept[0] != kept[1]:
         raise UserError(
             f"the classifier was trained with --val-fraction {kept[0]} and the CVAE with {kept[1]}: "
             "train both with the same"
         )
-    return *networks.values(), origins
+    return loaded["train_classifier"][0], loaded["train_cvae"][0], origins
 
 
 def split_model(model: MainModel, tune: str) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
