@@ -1,0 +1,48 @@
+"""The mean over partitions (or seeds) of several results of `python -m eval`.
+
+    python -m evaluation.summarise results/same_dataset_mnist_partition*_seed123.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from utils import UserError, run_command
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "evaluation.summarise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", nargs="+", type=Path, help="JSON files that eval wrote")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    from evaluation.report import format_ind_table, format_table
+
+    results = [read_result(path) for path in args.results]
+    tasks = {result["task"] for result in results}
+    if len(tasks) > 1:
+        raise UserError(f"results of different tasks ({', '.join(sorted(tasks))}) have no mean: name those of one")
+    print(f"Mean ± standard deviation over {len(results)} results of {tasks.pop()}\n")
+    print(format_table([row for result in results for row in result["detection"]]))
+    print(f"\n{format_ind_table([row for result in results for row in result['ind']])}")
+
+
+def read_result(path: Path) -> dict:
+    """A result of eval. Raises `UserError` when the file is missing or is something else."""
+    try:
+        result = json.loads(path.read_text())
+        return {key: result[key] for key in ("task", "detection", "ind")}
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected a JSON file that python -m eval wrote") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: is no result; expected a JSON file that python -m eval wrote") from None
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, get_parser()))

@@ -1,0 +1,26 @@
+# Sourced by run_*.sh: train and evaluate every partition of a task, skipping what is done, then print the means.
+#   run_task TASK PARTITION…
+# From the environment: DEVICE, SEED (123), DATA_DIR (datasets), TRAIN_ARGS and EVAL_ARGS (further options).
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+SEED=${SEED:-123}
+common=(--data-dir "${DATA_DIR:-datasets}" ${DEVICE:+--device "$DEVICE"})
+
+run_task() {
+    local task=$1 results=()
+    shift
+    for partition in "$@"; do
+        local name="${task}_${partition}"
+        for command in train_classifier train_cvae; do
+            "$python" -m train --task "$task" --partition "$partition" --command "$command" \
+                --params-dict-name "ckpt/${name}_${command#train_}_seed$SEED.pkl" --seed "$SEED" "${common[@]}" ${TRAIN_ARGS:-}
+        done
+        local result="results/${name}_seed$SEED.json"
+        if [ ! -f "$result" ]; then
+            "$python" -m eval --task "$task" --partition "$partition" --mode all --ood-dataset all --seed "$SEED" \
+                --params-dict-name "ckpt/${name}_classifier_seed$SEED.pkl" \
+                --params-dict-name2 "ckpt/${name}_cvae_seed$SEED.pkl" --output "$result" "${common[@]}" ${EVAL_ARGS:-}
+        fi
+        results+=("$result")
+    done
+    "$python" -m evaluation.summarise "${results[@]}"
+}
