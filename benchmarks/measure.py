@@ -1,0 +1,47 @@
+"""What every benchmark measures with: time, memory, arithmetic."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Wall time of `work`, everything it started on the device included."""
+    synchronise(device)
+    start = time.perf_counter()
+    work()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def peak_mib(device: torch.device) -> int:
+    """Most memory used so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) // 2**20
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage // (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """The rate of a large matrix product, in 10^12 operations a second: what the device can do at best."""
+    size = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(size, size, device=device).to(dtype)
+    a @ a
+    return 2 * size**3 / min(seconds(lambda: a @ a, device) for _ in range(5)) / 1e12
+
+
+def print_json(figures: dict) -> None:
+    """The last line of every benchmark."""
+    print(json.dumps(figures))

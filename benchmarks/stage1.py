@@ -1,0 +1,183 @@
+"""Stage 1 against a plain loop and against the floor, in one run and on the same images.
+
+    python -m benchmarks.stage1 [--quick] [--device cuda]
+
+plain: a torchvision-style data set of PIL images, ToTensor, DataLoader, fp32, ordinary Adam.
+floor: forward, backward and optimizer step on one batch that is already there, in our precision.
+The last line is a JSON object, one entry per network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+from utils import positive_int, run_command
+
+NETWORKS = {
+    "mnist_classifier": ("same_dataset_mnist", "train_classifier"),
+    "mnist_cvae": ("same_dataset_mnist", "train_cvae"),
+    "cifar10_classifier": ("same_dataset_cifar10", "train_classifier"),
+    "cifar10_cvae": ("same_dataset_cifar10", "train_cvae"),
+}
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "benchmarks.stage1", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="small batches: under a minute, rough figures")
+    parser.add_argument("--device", help="(default: the first CUDA GPU, else the CPU)")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="ours and the floor's")
+    parser.add_argument("--network", nargs="+", choices=list(NETWORKS), default=list(NETWORKS), help="(default: all)")
+    parser.add_argument("--batch-size", type=positive_int, help="(default: 512, the method's; 64 with --quick)")
+    parser.add_argument("--steps", type=positive_int, help="steps per round (default: 4, on a GPU 40; 2 with --quick)")
+    parser.add_argument("--rounds", type=positive_int, help="rounds, of which the median counts (default: 3; 1)")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    from benchmarks.measure import print_json
+
+    # A process for each network, so that each has a peak of memory of its own.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        entries = {}
+        for name in args.network:
+            entries[name] = entry = pool.submit(measure, name, args).result()
+            print(f"{name}: " + "  ".join(f"{key} {value}" for key, value in entry.items()), flush=True)
+    print_json(entries)
+
+
+def measure(name: str, args: argparse.Namespace) -> dict:
+    """Time our loop, the plain one and the floor in turn; the median of the rounds counts."""
+    import torch
+
+    from benchmarks.measure import matmul_tflops, peak_mib, seconds
+    from datasets.datasetsHelper import Images
+    from datasets.tasks import TASKS
+    from training.loop import LoopConfig, Recorder, fit
+    from training.processes import Processes
+    from training.stages import STAGES
+    from utils import pick_device, pick_precision
+
+    task_name, command = NETWORKS[name]
+    task, stage, device = TASKS[task_name], STAGES[command], pick_device(args.device)
+    precision = pick_precision(args.precision, device)
+    batch_size = args.batch_size or (64 if args.quick else 512)
+    steps = args.steps or (2 if args.quick else 40 if device.type == "cuda" else 4)
+    rounds = args.rounds or (1 if args.quick else 3)
+    count = steps * batch_size
+    random = torch.Generator().manual_seed(0)
+    shape = (count, task.image_channels, task.image_size, task.image_size)
+    images = torch.randint(256, shape, generator=random).to(torch.uint8)
+    data = Images(images, torch.randint(6, (count,), generator=random))
+    objective = stage.objective(task)
+
+    def network():
+        torch.manual_seed(0)
+        return stage.build(task).to(device)
+
+    ours = network().to(memory_format=torch.channels_last)
+    ours_optimizer = torch.optim.Adam(ours.parameters(), 1e-3, fused=True)
+    config = LoopConfig(epochs=1, batch_size=batch_size, learning_rate=1e-3, seed=0, precision=precision)
+    resident = data.to(device)
+
+    def run_ours():
+        fit(ours, ours_optimizer, resident, objective, config, Processes(device), Recorder(name=name))
+
+    run_plain = plain_loop(network(), data, objective, batch_size, device, task.augment and command == "train_classifier")
+    run_floor = floor_loop(ours, ours_optimizer, data, objective, batch_size, steps, device, precision)
+    times = {"ours": [], "plain": [], "floor": []}
+    for round_number in range(rounds + 1):
+        for who, work in (("ours", run_ours), ("floor", run_floor), ("plain", run_plain)):
+            taken = seconds(work, device)
+            if round_number:  # the first is a warm-up
+                times[who].append(taken)
+    rate = {who: count / statistics.median(taken) for who, taken in times.items()}
+    tflops = rate["ours"] * operations_per_image(ours, data, objective, device) / 1e12
+    return {
+        "images_per_second": round(rate["ours"], 1),
+        "plain_images_per_second": round(rate["plain"], 1),
+        "floor_images_per_second": round(rate["floor"], 1),
+        "ratio": round(rate["ours"] / rate["plain"], 2),
+        "floor_share": round(rate["ours"] / rate["floor"], 3),
+        "peak_mib": peak_mib(device),
+        "tflops": round(tflops, 3),
+        "matmul_tflops": round(matmul_tflops(device, torch.bfloat16 if precision == "bf16" else torch.float32), 3),
+        "precision": precision,
+    }
+
+
+def plain_loop(model, data, objective, batch_size: int, device, augment: bool):
+    """The loop as a tutorial writes it."""
+    import torch
+    from torchvision import transforms
+    from torchvision.datasets import VisionDataset
+    from torchvision.transforms.functional import to_pil_image
+
+    class PlainImages(VisionDataset):
+        def __getitem__(self, index):
+            return self.transform(to_pil_image(data.images[index])), int(data.labels[index])
+
+        def __len__(self):
+            return len(data)
+
+    crop_and_flip = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
+    transform = transforms.Compose([*(crop_and_flip if augment else []), transforms.ToTensor()])
+    loader = torch.utils.data.DataLoader(PlainImages("", transform=transform), batch_size, shuffle=True)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    # The objective is written for bytes; without its augmentation it gives the same loss for the same pixels.
+    plain_objective = type(objective)(False) if augment else objective
+
+    def run():
+        model.train()
+        for images, labels in loader:
+            images, labels = (images * 255).to(torch.uint8).to(device), labels.to(device)
+            draws = [d.to(device) for d in plain_objective.draw(len(images), torch.default_generator)]
+            loss = plain_objective(model, images, labels, *draws)["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss.item()
+
+    return run
+
+
+def floor_loop(model, optimizer, data, objective, batch_size: int, steps: int, device, precision: str):
+    """Only the arithmetic: `steps` optimizer steps on one batch that is already on the device."""
+    import torch
+
+    from utils import autocast
+
+    images, labels = data.images[:batch_size].to(device), data.labels[:batch_size].to(device)
+    draws = [d.to(device) for d in objective.draw(batch_size, torch.default_generator)]
+
+    def run():
+        model.train()
+        for _ in range(steps):
+            with autocast(device, precision):
+                loss = objective(model, images, labels, *draws)["loss"]
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+
+    return run
+
+
+def operations_per_image(model, data, objective, device) -> float:
+    """Floating-point operations of one forward and backward pass, counted by torch."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    images, labels = data.images[:8].to(device), data.labels[:8].to(device)
+    draws = [d.to(device) for d in objective.draw(8, torch.default_generator)]
+    with FlopCounterMode(display=False) as counter:
+        objective(model, images, labels, *draws)["loss"].backward()
+    return counter.get_total_flops() / 8
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, get_parser()))
