@@ -88,7 +88,9 @@ def measure(name: str, args: argparse.Namespace) -> dict:
     def run_ours():
         fit(ours, ours_optimizer, resident, objective, config, Processes(device), Recorder(name=name))
 
-    run_plain = plain_loop(network(), data, objective, batch_size, device, task.augment and command == "train_classifier")
+    run_plain = plain_loop(
+        network(), data, objective, batch_size, device, task.augment and command == "train_classifier"
+    )
     run_floor = floor_loop(ours, ours_optimizer, data, objective, batch_size, steps, device, precision)
     times = {"ours": [], "plain": [], "floor": []}
     for round_number in range(rounds + 1):

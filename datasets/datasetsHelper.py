@@ -150,7 +150,9 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 
 
-def read_cifar(name: str, folder: str, files: dict[str, list[str]], label_key: bytes, data_dir: Path, split: str) -> Images:
+def read_cifar(
+    name: str, folder: str, files: dict[str, list[str]], label_key: bytes, data_dir: Path, split: str
+) -> Images:
     """CIFAR-10 or CIFAR-100 from the pickled batches of its Python version; downloaded where they are missing."""
     paths = [data_dir / folder / file for file in files[split]]
     if not all(path.is_file() for path in paths):
@@ -165,7 +167,16 @@ def _read_cifar_batch(path: Path, label_key: bytes) -> tuple[np.ndarray, np.ndar
         with open(path, "rb") as file:
             batch = ArrayUnpickler(file, encoding="bytes").load()
         return np.asarray(batch[b"data"], np.uint8).reshape(-1, 3, 32, 32), np.asarray(batch[label_key])
-    except (pickle.UnpicklingError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError, OSError) as error:
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        OSError,
+    ) as error:
         raise UserError(f"{path}: is no CIFAR batch ({error}). Delete it and fetch it again") from None
 
 
@@ -221,7 +232,9 @@ def read_folder(folder: str, data_dir: Path, split: str) -> Images:
 
 def _checked(path: Path, images: np.ndarray, labels: np.ndarray) -> Images:
     if len(images) != len(labels) or not len(images):
-        raise UserError(f"{path}: {len(images)} images and {len(labels)} labels; expected as many of both. Fetch the files again")
+        raise UserError(
+            f"{path}: {len(images)} images and {len(labels)} labels; expected as many of both. Fetch the files again"
+        )
     return Images(torch.from_numpy(np.array(images, order="C")), torch.from_numpy(labels.astype(np.int64)))
 
 
@@ -257,7 +270,9 @@ READERS: dict[str, Reader] = {
         {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]},
         b"labels",
     ),
-    "CIFAR100": partial(read_cifar, "CIFAR100", "cifar-100-python", {"train": ["train"], "test": ["test"]}, b"fine_labels"),
+    "CIFAR100": partial(
+        read_cifar, "CIFAR100", "cifar-100-python", {"train": ["train"], "test": ["test"]}, b"fine_labels"
+    ),
     "SVHN": read_svhn,
     "LSUN": partial(read_folder, "LSUN_resize"),
     "LSUN-FIX": partial(read_folder, "LSUN_fix"),

@@ -1,6 +1,6 @@
 """The mean over partitions (or seeds) of several results of `python -m eval`.
 
-    python -m evaluation.summarise results/same_dataset_mnist_partition*_seed123.json
+python -m evaluation.summarise results/same_dataset_mnist_partition*_seed123.json
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Draw the two stages of the method: figure/model.png, shown in the README.
 
-    python -m figure.model
+python -m figure.model
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Draw what a CVAE does: IND test images, their reconstructions and pseudo-OOD images, 64 of each, as PNG files.
 
-    python -m figure.samples --task same_dataset_mnist --partition partition1
+python -m figure.samples --task same_dataset_mnist --partition partition1
 """
 
 from __future__ import annotations

@@ -1,0 +1,233 @@
+"""Stage 2 against a plain implementation of the public protocol: same checkpoint, same draws, one run.
+
+    python -m benchmarks.stage2 [--quick] [--device cuda]
+
+plain: every step encodes its IND and pseudo-OOD batch again, every check encodes the whole test set again, and
+every mode, seed and OOD set is a run of its own. Sizes are MNIST's (Setting 1) and CIFAR-10's (Setting 2), divided
+by --scale, with as many checks as the full sizes have; the networks are the tasks' own, untrained, images are random.
+The last line is a JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from dataclasses import replace
+
+from utils import positive_int, run_command
+
+SEEDS = 5
+OOD_SIZES = {
+    "SVHN": 26032,
+    "LSUN": 10000,
+    "LSUN-FIX": 10000,
+    "tinyImageNet": 10000,
+    "ImageNet-FIX": 10000,
+    "CIFAR100": 10000,
+}
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "benchmarks.stage2", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a tenth of the sizes: under a minute, rough figures")
+    parser.add_argument("--device", help="(default: the first CUDA GPU, else the CPU)")
+    parser.add_argument("--scale", type=positive_int, help="divide the images by this (default: 30; 300 with --quick)")
+    parser.add_argument("--setting2-scale", type=positive_int, help="likewise (default: 600; 3000 with --quick)")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    from benchmarks.measure import peak_mib, print_json
+    from training.fine_tune import MODES
+    from utils import pick_device, pick_precision
+
+    device = pick_device(args.device)
+    modes, seeds = list(MODES), list(range(SEEDS))
+    sizes = {"train": 36017, "test": 6031, "ood": {"held-out-classes": 3969}}
+    work = Work("same_dataset_mnist", sizes, 20, args.scale or (300 if args.quick else 30), device)
+    single_plain, plain_curve, plain_images = work.plain(modes[:1], seeds[:1])
+    single_engine, engine_curve, engine_images = work.engine(modes[:1], seeds[:1], "fp32")
+    single_auto, auto_curve, _ = work.engine(modes[:1], seeds[:1], pick_precision("auto", device))
+    batched_engine, _, batched_images = work.engine(modes, seeds, "fp32")
+    batched_plain = single_plain * len(modes) * len(seeds)  # independent runs of the same size
+    print(
+        f"one mode and seed: plain {single_plain:.1f} s, engine {single_engine:.1f} s, in auto precision {single_auto:.1f} s"
+    )
+    print(f"2 modes, 5 seeds: plain {batched_plain:.1f} s (10 times the above), engine {batched_engine:.1f} s")
+
+    sizes = {"train": 50000, "test": 10000, "ood": OOD_SIZES}
+    work = Work("different_dataset", sizes, 100, args.setting2_scale or (3000 if args.quick else 600), device)
+    setting2_plain, _, setting2_plain_images = work.plain(modes[:1], seeds[:1])
+    setting2_engine, _, setting2_images = work.engine(modes, seeds, "fp32")
+    setting2_plain *= len(modes) * len(seeds)
+    print(f"Setting 2: plain {setting2_plain:.1f} s (10 times 6 runs), engine {setting2_engine:.1f} s")
+    print_json(
+        {
+            "ratio_single": round(single_plain / single_engine, 2),
+            "ratio_batched": round(batched_plain / batched_engine, 2),
+            "ratio_setting2": round(setting2_plain / setting2_engine, 2),
+            "ratio_auto_precision": round(single_engine / single_auto, 2),
+            "auroc_difference": max(abs(a - b) for a, b in zip(plain_curve, engine_curve, strict=True)),
+            "auroc_difference_auto_precision": max(abs(a - b) for a, b in zip(plain_curve, auto_curve, strict=True)),
+            "images_plain": plain_images,
+            "images_engine": engine_images,
+            "images_ratio_batched": round(plain_images * len(modes) * len(seeds) / batched_images, 2),
+            "images_ratio_setting2": round(setting2_plain_images * len(modes) * len(seeds) / setting2_images, 2),
+            "peak_mib": peak_mib(device),
+        }
+    )
+
+
+class Work:
+    """One task's stage 2 at a scale: networks, images, and the two ways through them."""
+
+    def __init__(self, task_name: str, sizes: dict, check_every: int, scale: int, device):
+        import torch
+
+        from datasets.datasetsHelper import Images
+        from datasets.tasks import TASKS
+        from training.fine_tune import FineTuneConfig
+        from training.stage2 import Stage2Data
+        from training.stages import STAGES
+
+        task = TASKS[task_name]
+        num_ind = len(next(iter(task.partitions.values())))
+        torch.manual_seed(0)
+        random = torch.Generator().manual_seed(0)
+
+        def images(count: int) -> Images:
+            shape = (max(1, count // scale), task.image_channels, task.image_size, task.image_size)
+            pixels = torch.randint(256, shape, generator=random).to(torch.uint8)
+            return Images(pixels, torch.randint(num_ind, shape[:1], generator=random)).to(device)
+
+        self.networks = [
+            STAGES[command].build(task).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+            for command in ("train_classifier", "train_cvae")
+        ]
+        ood = {name: images(count).images for name, count in sizes["ood"].items()}
+        self.data = Stage2Data(images(sizes["train"]), images(0).at(torch.arange(0)), images(sizes["test"]), ood)
+        # Batches keep their 128 images; checks come as often, per image trained on, as at full size.
+        self.config = FineTuneConfig(
+            num_ind=num_ind,
+            epochs=15,
+            batch_size=128,
+            learning_rate=1e-4,
+            check_every=max(1, round(check_every / scale)),
+            sigma=task.sigma,
+        )
+        self.device = device
+
+    def counted(self, extractor_images: list[int]):
+        """The classifier's features, counting the images that go through."""
+        classifier = self.networks[0]
+
+        def features(images):
+            extractor_images[0] += len(images)
+            return classifier.features(images)
+
+        return features
+
+    def engine(self, modes: list[str], seeds: list[int], precision: str) -> tuple[float, list[float], int]:
+        """Seconds, AUROC curve of the first run on the first OOD set, images through the extractor."""
+        from benchmarks.measure import seconds
+        from training.fine_tune import PseudoOOD, fine_tune
+
+        classifier, cvae = self.networks
+        config, pushed, runs = replace(self.config, precision=precision), [0], []
+
+        def work():
+            features = self.counted(pushed)
+            bank = self.data.encode(features, precision)
+            pseudo = PseudoOOD(cvae, features, config.num_ind, config.sigma, precision, self.device)
+            runs.extend(fine_tune(classifier.classifier, bank, pseudo, config, modes, seeds, show_progress=False))
+
+        taken = seconds(work, self.device)
+        first = next(iter(self.data.ood))
+        return taken, [check.auroc[first] for check in runs[0].curve], pushed[0]
+
+    def plain(self, modes: list[str], seeds: list[int]) -> tuple[float, list[float], int]:
+        """Likewise, one run for each mode, seed and OOD set after the other."""
+        from benchmarks.measure import seconds
+
+        pushed, curves = [0], []
+
+        def work():
+            for mode in modes:
+                for seed in seeds:
+                    for name in self.data.ood:
+                        curves.append(self.plain_run(mode, seed, name, self.counted(pushed)))
+
+        return seconds(work, self.device), curves[0], pushed[0]
+
+    def plain_run(self, mode: str, seed: int, ood_name: str, features) -> list[float]:
+        """The public protocol for one mode, seed and OOD set, written plainly; its draws are the engine's."""
+        import torch
+        from torch.nn import functional as F
+
+        from datasets.datasetsHelper import to_float
+        from evaluation.metrics import auroc
+        from models.vae import decode_pseudo_ood, draw_codes
+        from training.fine_tune import MODES
+        from utils import generator
+
+        classifier, cvae = self.networks
+        config, data = self.config, self.data
+        head = copy.deepcopy(classifier.classifier).requires_grad_(True)
+        optimizer = torch.optim.Adam(head.parameters(), config.learning_rate)
+        count, size, num_ind = len(data.train), config.batch_size, config.num_ind
+
+        def score(images):
+            parts = [head(features(to_float(part))) for part in images.split(size)]
+            return MODES[mode].score(torch.cat(parts), num_ind)
+
+        def energies(batches):
+            return torch.cat([-torch.logsumexp(head(features(images)), 1) for images in batches]).sort().values
+
+        def pseudo_images(codes, start):
+            return decode_pseudo_ood(cvae, codes.rows(start, start + size).to(self.device), config.sigma)
+
+        margins = None
+        if MODES[mode].uses_margins:
+            with torch.no_grad():
+                codes = draw_codes(count, num_ind, cvae.z_dim, generator(seed, "margins"))
+                m_in = energies(to_float(part) for part in data.train.images.split(size))[int(0.2 * count)]
+                m_out = energies(pseudo_images(codes, start) for start in range(0, count, size))[int(0.8 * count)]
+                margins = (m_in, m_out)
+        curve, step = [], 0
+
+        def check():
+            with torch.no_grad():
+                curve.append(auroc(score(data.test.images), score(data.ood[ood_name])))
+
+        for epoch in range(config.epochs):
+            order = torch.randperm(count, generator=generator(seed, "order", epoch)).to(self.device)
+            codes = draw_codes(count, num_ind, cvae.z_dim, generator(seed, "pseudo", epoch))
+            for start in range(0, count, size):
+                if step % config.check_every == 0:
+                    check()
+                rows = order[start : start + size]
+                with torch.no_grad():
+                    ind_features = features(to_float(data.train.images[rows]))
+                    pseudo_features = features(pseudo_images(codes, start))
+                logits, pseudo_logits = head(ind_features), head(pseudo_features)
+                loss = F.cross_entropy(logits, data.train.labels[rows])
+                if margins is None:
+                    slot = torch.full((len(rows),), num_ind, device=self.device)
+                    loss = loss + F.cross_entropy(pseudo_logits[:, : num_ind + 1], slot)
+                else:
+                    ind_excess = F.relu(-torch.logsumexp(logits, 1) - margins[0])
+                    pseudo_lack = F.relu(margins[1] + torch.logsumexp(pseudo_logits, 1))
+                    loss = loss + config.mu * ((ind_excess**2).mean() + (pseudo_lack**2).mean())
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                step += 1
+        check()
+        return curve
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, get_parser()))
