@@ -26,7 +26,7 @@ def labels_in_turn(count: int, classes: int = 10) -> np.ndarray:
 
 
 def squares(labels: np.ndarray, size: int, channels: int, seed: int) -> np.ndarray:
-    """One image per label, uint8 [N, channels, size, size]: a bright square whose place on a 4x4 grid is the label's."""
+    """One image per label, uint8 [N, channels, size, size]: a bright square at the label's place on a 4x4 grid."""
     draw = np.random.default_rng(seed)
     images = draw.integers(0, 64, (len(labels), channels, size, size), dtype=np.uint8)
     side = size // 4
@@ -70,7 +70,9 @@ def write_cifar100(root: Path, n: int) -> None:
     for seed, name in enumerate(("train", "test")):
         labels = labels_in_turn(n, 100)
         write_cifar_batch(
-            folder / name, squares(labels, 32, 3, 100 + seed), {b"fine_labels": labels.tolist(), b"coarse_labels": (labels // 5).tolist()}
+            folder / name,
+            squares(labels, 32, 3, 100 + seed),
+            {b"fine_labels": labels.tolist(), b"coarse_labels": (labels // 5).tolist()},
         )
 
 
@@ -81,7 +83,7 @@ def write_cifar_batch(path: Path, images: np.ndarray, labels: dict[bytes, list[i
 
 
 def python2_pickle(value: object) -> bytes:
-    """A pickle of protocol 2 as Python 2 wrote it, in which text is bytes: of dicts, lists, ints, bytes and byte arrays."""
+    """A pickle of protocol 2 as Python 2 wrote it, text as bytes: of dicts, lists, ints, bytes and byte arrays."""
 
     def encode(value: object) -> bytes:
         match value:
@@ -114,11 +116,13 @@ def write_svhn(root: Path, n: int) -> None:
         labels = labels_in_turn(n)
         images = squares(labels, 32, 3, 200 + seed)
         stored = np.where(labels == 0, 10, labels).astype(np.uint8)[:, None]
-        savemat(Path(root) / f"{split}_32x32.mat", {"X": images.transpose(2, 3, 1, 0), "y": stored}, do_compression=True)
+        savemat(
+            Path(root) / f"{split}_32x32.mat", {"X": images.transpose(2, 3, 1, 0), "y": stored}, do_compression=True
+        )
 
 
 def write_folder(root: Path, name: str, n: int, size: int = 32, nested: bool = False, mode: str = "RGB") -> list[Path]:
-    """`n` PNG images of coloured noise in `root/name`, or, `nested`, in a class folder below it. Returns their paths, in order."""
+    """`n` PNG images of noise in `root/name`, or, `nested`, in a class folder below it. Returns their paths."""
     from PIL import Image
 
     folder = Path(root) / name / "images" if nested else Path(root) / name
