@@ -254,7 +254,7 @@ def test_own_images_through_training_and_evaluation(tmp_path, monkeypatch, capsy
     assert json.loads((tmp_path / "out.json").read_text())["images"]["noise"] == 6
 
 
-@pytest.mark.parametrize("module", ["train", "eval", "datasets.download"])
+@pytest.mark.parametrize("module", ["train", "eval", "datasets.download", "datasets.make_fix"])
 def test_help_needs_no_torch(module):
     code = f"import sys, {module}; {module}.get_parser().format_help(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
