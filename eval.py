@@ -2,6 +2,7 @@
 
     python -m eval --mode CMG-energy
     python -m eval --task different_dataset --ood-dataset all --mode all --seeds 1 2 3 4 5
+    python -m eval --task custom --ind-dir birds --ood-dir insects --ood-dir planes
 
 reads the two checkpoints that `train` wrote, prints a table and writes everything behind it to a JSON file.
 """
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets.tasks import TASKS, all_ood_datasets, all_partitions, default_checkpoint, find_partition
+from datasets.tasks import add_data_arguments, all_partitions, default_checkpoint, task_from_arguments, task_names
 from utils import (
     UserError,
     add_common_arguments,
@@ -32,7 +33,7 @@ TUNED = ("head", "last-layer")
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common_arguments(parser, list(TASKS), all_partitions())
+    add_common_arguments(parser, task_names(), all_partitions())
     parser.add_argument(
         "--mode",
         nargs="+",
@@ -43,9 +44,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ood-dataset",
         nargs="+",
-        choices=[*all_ood_datasets(), "all"],
         default=["all"],
-        help="OOD sets (default: all of the task)",
+        help="OOD sets of the task, or names of folders given by --ood-dir (default: all)",
     )
     parser.add_argument(
         "--params-dict-name", type=Path, help="the classifier's checkpoint (default: where train writes it)"
@@ -91,6 +91,7 @@ def get_parser() -> argparse.ArgumentParser:
         default=0,
         help="draw from so many pseudo-OOD images made once (default: 0, always fresh)",
     )
+    add_data_arguments(parser)
     return parser
 
 
@@ -103,15 +104,15 @@ def main(args: argparse.Namespace) -> None:
     from training.stage2 import Stage2Data, load_networks, run_stage2
     from utils import environment, pick_device, pick_precision, write_json
 
-    task, partition = TASKS[args.task], find_partition(args.task, args.partition)
-    modes = pick_all("--mode", args.mode, MODE_NAMES, args.task)
-    ood_names = pick_all("--ood-dataset", args.ood_dataset, task.ood_datasets, args.task)
+    task_name, task, partition = task_from_arguments(args)
+    modes = pick_all("--mode", args.mode, MODE_NAMES, task_name)
+    ood_names = pick_all("--ood-dataset", args.ood_dataset, task.ood_datasets, task_name)
     seeds = list(dict.fromkeys(args.seeds))
     paths = {
-        "train_classifier": args.params_dict_name or default_checkpoint(args.task, partition, "train_classifier"),
-        "train_cvae": args.params_dict_name2 or default_checkpoint(args.task, partition, "train_cvae"),
+        "train_classifier": args.params_dict_name or default_checkpoint(task_name, partition, "train_classifier"),
+        "train_cvae": args.params_dict_name2 or default_checkpoint(task_name, partition, "train_cvae"),
     }
-    output = args.output or default_output(args.task, partition, modes, seeds)
+    output = args.output or default_output(task_name, partition, modes, seeds)
     check_writable(output)
     device = pick_device(args.device)
     config = FineTuneConfig(
@@ -127,7 +128,7 @@ def main(args: argparse.Namespace) -> None:
         pseudo_pool=args.pseudo_pool,
         precision=pick_precision(args.precision, device),
     )
-    classifier, cvae, origins = load_networks(task, args.task, partition, paths, device)
+    classifier, cvae, origins = load_networks(task, task_name, partition, paths, device)
     train, test = load_ind(task, partition, args.data_dir)
     train, validation = split_validation(train, origins["train_classifier"].get("val_fraction", 0.0))
     ood = {name: load_ood(task, partition, name, args.data_dir).to(device) for name in ood_names}
@@ -135,7 +136,7 @@ def main(args: argparse.Namespace) -> None:
     counts = {"IND training": len(train), "IND validation": len(validation), "IND test": len(test)}
     counts |= {name: len(images) for name, images in ood.items()}
     print(
-        f"{args.task} {partition} on {device} in {config.precision}: "
+        f"{task_name} {partition} on {device} in {config.precision}: "
         + ", ".join(f"{n:,} {name}" for name, n in counts.items()),
         flush=True,
     )
@@ -144,7 +145,7 @@ def main(args: argparse.Namespace) -> None:
     print(f"\n{format_table(results['detection'])}\n\n{format_ind_table(results['ind'])}\n")
     about = {
         "command": shlex.join(["python", "-m", "eval", *args.argv]),
-        "task": args.task,
+        "task": task_name,
         "partition": partition,
         "positive_class": "OOD",
         "config": asdict(config) | {"tune": args.tune},
@@ -159,6 +160,8 @@ def main(args: argparse.Namespace) -> None:
 
 def pick_all(flag: str, names: list[str], known: Sequence[str], task_name: str) -> list[str]:
     """The names asked for, each once, or all that are known."""
+    if not known:
+        raise UserError(f"{task_name} has no OOD images; name a folder of them with --ood-dir DIR")
     for name in names:
         if name not in (*known, "all"):
             raise UserError(f"{flag} {name}: {task_name} has {', '.join(known)}")

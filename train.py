@@ -2,6 +2,7 @@
 
     python -m train --command train_classifier
     python -m train --task same_dataset_mnist --partition partition1 --command train_cvae
+    python -m train --task custom --ind-dir birds      (birds/train/CLASS/IMAGE, birds/test/CLASS/IMAGE)
 
 writes a state dict to --params-dict-name and prints the network's figures on the IND test images. An interrupted
 run goes on when the same command is given again; several GPUs: torchrun --nproc_per_node=N -m train …
@@ -15,7 +16,14 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from datasets.tasks import COMMANDS, TASKS, all_partitions, default_checkpoint, find_partition
+from datasets.tasks import (
+    COMMANDS,
+    add_data_arguments,
+    all_partitions,
+    default_checkpoint,
+    task_from_arguments,
+    task_names,
+)
 from utils import (
     UserError,
     add_common_arguments,
@@ -31,7 +39,7 @@ from utils import (
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common_arguments(parser, list(TASKS), all_partitions())
+    add_common_arguments(parser, task_names(), all_partitions())
     parser.add_argument(
         "--command", choices=list(COMMANDS), default="train_classifier", help="which network (default: %(default)s)"
     )
@@ -57,6 +65,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true", help="torch.compile the network")
     parser.add_argument("--log", type=Path, help="write one JSON line per epoch to this file")
     parser.add_argument("--tensorboard", type=Path, help="write the same figures there for TensorBoard")
+    add_data_arguments(parser)
     return parser
 
 
@@ -80,8 +89,8 @@ def train(args: argparse.Namespace, processes) -> None:
     from training.stages import STAGES
     from utils import derive_seed, pick_precision
 
-    task, partition = TASKS[args.task], find_partition(args.task, args.partition)
-    path = args.params_dict_name or default_checkpoint(args.task, partition, args.command)
+    task_name, task, partition = task_from_arguments(args)
+    path = args.params_dict_name or default_checkpoint(task_name, partition, args.command)
     resume = path.with_name(path.name + ".resume")
     device, stage = processes.device, STAGES[args.command]
     config = LoopConfig(
@@ -91,7 +100,7 @@ def train(args: argparse.Namespace, processes) -> None:
         seed=args.seed,
         precision=pick_precision(args.precision, device),
     )
-    what = {"command": args.command, "task": args.task, "partition": partition, "val_fraction": args.val_fraction}
+    what = {"command": args.command, "task": task_name, "partition": partition, "val_fraction": args.val_fraction}
     origin = what | asdict(config)
     if is_done(path, resume, origin, args.restart):
         print(f"{path} is complete already; --restart trains it anew")
@@ -106,7 +115,7 @@ def train(args: argparse.Namespace, processes) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     if processes.is_main:
         print(
-            f"{args.command}: {args.task} {partition}, {len(training_images):,} images, {config.epochs} epochs "
+            f"{args.command}: {task_name} {partition}, {len(training_images):,} images, {config.epochs} epochs "
             f"on {device} in {config.precision}",
             flush=True,
         )

@@ -3,15 +3,12 @@
     train, test = load_ind(task, "partition1", data_dir)
     ood = load_ood(task, "partition1", "SVHN", data_dir)
 
-Images are uint8 [N, C, S, S], labels int64 [N] (IND classes renumbered 0, 1, …). A data set is one function
-in `READERS`.
+Images are uint8 [N, C, S, S], labels int64 [N] (IND classes renumbered 0, 1, …). A published
+data set is one entry in `datasets.sources.SOURCES`.
 """
 
 from __future__ import annotations
 
-import gzip
-import pickle
-import struct
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.tasks import HELD_OUT, Task
+from datasets.folders import read_images
+from datasets.obtain import read_source
+from datasets.sources import SOURCES
+from datasets.tasks import HELD_OUT, Task, UserFolder
 from utils import UserError, generator
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp"}
 
 
 class Images(NamedTuple):
@@ -72,11 +70,14 @@ def load_ood(task: Task, partition: str, name: str, data_dir: Path) -> Tensor:
 
 def read(task: Task, name: str, data_dir: Path, split: str) -> Images:
     """One split of one data set, checked against the task's image shape."""
+    if name in task.folders:
+        return read_user_folder(task.folders[name], split, task.image_channels, task.image_size)
     data = READERS[name](Path(data_dir), split)
     expected = (task.image_channels, task.image_size, task.image_size)
     if data.images.shape[1:] != expected:
         raise UserError(
-            f"{name} in {data_dir}: images are {list(data.images.shape[1:])}, expected {list(expected)} (channels, height, width)"
+            f"{name} in {data_dir}: images are {list(data.images.shape[1:])}, expected {list(expected)} "
+            "(channels, height, width)"
         )
     return data
 
@@ -121,161 +122,40 @@ def read_digits(data_dir: Path, split: str) -> Images:
     return Images(torch.from_numpy(images)[:, None], torch.from_numpy(digits.target[chosen].astype(np.int64)))
 
 
-def read_mnist(data_dir: Path, split: str) -> Images:
-    """MNIST from its IDX files, gzipped or not, in `MNIST/raw`; downloaded by torchvision where they are missing."""
-    prefix = {"train": "train", "test": "t10k"}[split]
-    names = [f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"]
-    raw = data_dir / "MNIST" / "raw"
-    if not all(_idx_file(raw / name) for name in names):
-        download("MNIST", data_dir, split)
-    images, labels = (read_idx(_idx_file(raw / name)) for name in names)
-    return _checked(raw, images[:, None], labels)
+def read_published(name: str, data_dir: Path, split: str) -> Images:
+    """A published data set, fetched where it is missing. Raises `UserError` as `datasets.obtain.read_source` does."""
+    return to_tensors(*read_source(name, data_dir, split))
 
 
-def _idx_file(path: Path) -> Path | None:
-    """The file itself or its gzipped form, whichever is there."""
-    return next((p for p in (path, path.with_name(path.name + ".gz")) if p.is_file()), None)
-
-
-def read_idx(path: Path) -> np.ndarray:
-    """An array of bytes in the IDX format: two zeros, type 8, number of dimensions, the sizes big-endian, the data."""
-    try:
-        data = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
-    except (OSError, EOFError) as error:
-        raise UserError(f"{path}: cannot be read ({error}). Delete it and fetch it again") from None
-    header = 4 + 4 * data[3] if len(data) > 3 else 4
-    shape = struct.unpack(f">{data[3]}I", data[4:header]) if len(data) >= header > 4 else ()
-    if data[:3] != b"\0\0\x08" or not shape or len(data) - header != np.prod(shape):
-        raise UserError(f"{path}: is no complete IDX file of bytes. Delete it and fetch it again")
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
-
-
-def read_cifar(
-    name: str, folder: str, files: dict[str, list[str]], label_key: bytes, data_dir: Path, split: str
-) -> Images:
-    """CIFAR-10 or CIFAR-100 from the pickled batches of its Python version; downloaded where they are missing."""
-    paths = [data_dir / folder / file for file in files[split]]
-    if not all(path.is_file() for path in paths):
-        download(name, data_dir, split)
-    batches = [_read_cifar_batch(path, label_key) for path in paths]
-    images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
-    return _checked(data_dir / folder, images, labels)
-
-
-def _read_cifar_batch(path: Path, label_key: bytes) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        with open(path, "rb") as file:
-            batch = ArrayUnpickler(file, encoding="bytes").load()
-        return np.asarray(batch[b"data"], np.uint8).reshape(-1, 3, 32, 32), np.asarray(batch[label_key])
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        KeyError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        OSError,
-    ) as error:
-        raise UserError(f"{path}: is no CIFAR batch ({error}). Delete it and fetch it again") from None
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Loads plain values and numpy arrays and refuses everything else, so that a file cannot run code."""
-
-    allowed = {
-        (module, name)
-        for module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray")
-        for name in ("_reconstruct", "ndarray", "dtype")
-    } | {("_codecs", "encode")}
-
-    def find_class(self, module: str, name: str) -> object:
-        if (module, name) not in self.allowed:
-            raise pickle.UnpicklingError(f"holds {module}.{name}, which could run code")
-        return super().find_class(module, name)
-
-
-def read_svhn(data_dir: Path, split: str) -> Images:
-    """SVHN (cropped digits) from `{split}_32x32.mat`; downloaded where it is missing. The file's class 10 is the digit 0."""
-    from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
-
-    path = data_dir / f"{split}_32x32.mat"
-    if not path.is_file():
-        download("SVHN", data_dir, split)
-    try:
-        content = loadmat(path)
-        images, labels = content["X"].transpose(3, 2, 0, 1), content["y"].reshape(-1) % 10
-    except (MatReadError, ValueError, KeyError, NotImplementedError, TypeError, OSError) as error:
-        raise UserError(f"{path}: is no SVHN file ({error}). Delete it and fetch it again") from None
-    return _checked(path, images, labels)
-
-
-def read_folder(folder: str, data_dir: Path, split: str) -> Images:
-    """The images below `folder`, at any depth, in the order of their names; all labels are 0."""
-    from PIL import Image, UnidentifiedImageError
-
-    root = data_dir / folder
-    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
-    if not paths:
-        raise UserError(f"{root}: no images there; expected the folder {folder} of 32x32 images below --data-dir")
-    arrays = []
-    for path in paths:
-        try:
-            arrays.append(np.asarray(Image.open(path).convert("RGB")))
-        except (UnidentifiedImageError, OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be decoded ({error}). Replace or remove it") from None
-        if arrays[-1].shape != arrays[0].shape:
-            raise UserError(f"{path}: is {arrays[-1].shape[:2]} pixels where {paths[0].name} is {arrays[0].shape[:2]}")
-    return _checked(root, np.stack(arrays).transpose(0, 3, 1, 2), np.zeros(len(arrays)))
-
-
-def _checked(path: Path, images: np.ndarray, labels: np.ndarray) -> Images:
-    if len(images) != len(labels) or not len(images):
-        raise UserError(
-            f"{path}: {len(images)} images and {len(labels)} labels; expected as many of both. Fetch the files again"
-        )
-    return Images(torch.from_numpy(np.array(images, order="C")), torch.from_numpy(labels.astype(np.int64)))
-
-
-def download(name: str, data_dir: Path, split: str) -> None:
-    """Fetch a data set through torchvision into `data_dir`.
+def read_user_folder(folder: UserFolder, split: str, channels: int, size: int) -> Images:
+    """A user's own images, brought to the task's shape; of an OOD folder, all images whatever the split, with label 0.
 
     Raises:
-        UserError: there is no network, or what came is not what was expected.
+        UserError: a class has no images, or one cannot be decoded.
     """
-    import torchvision.datasets
-
-    choice = {"split": split} if name == "SVHN" else {"train": split == "train"}
-    print(f"{name} is not in {data_dir}: downloading it", flush=True)
-    try:
-        getattr(torchvision.datasets, name)(data_dir, download=True, **choice)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    root = folder.root / split if folder.classes else folder.root
+    images, names = read_images(root, channels, size, resize=True)
+    if not folder.classes:
+        return to_tensors(images, np.zeros(len(names)))
+    number = {name: k for k, name in enumerate(folder.classes)}
+    labels = np.array([number.get(name.split("/")[0], -1) for name in names])
+    if (labels < 0).any():
         raise UserError(
-            f"{name} is not in {data_dir} and could not be downloaded ({reason}). Put torchvision's files of {name} "
-            f"there or pass --data-dir; --task same_dataset_digits needs no download"
-        ) from None
+            f"{root / names[int(labels.argmin())]}: belongs to no class; expected {root}/CLASS/IMAGE. Move or remove it"
+        )
+    empty = [name for name, k in number.items() if k not in labels]
+    if empty:
+        raise UserError(f"{root / empty[0]}: no images there; every class needs some in train and in test")
+    return to_tensors(images, labels)
+
+
+def to_tensors(images: np.ndarray, labels: np.ndarray) -> Images:
+    """Arrays as tensors, without a copy where the array may be written to."""
+    return Images(
+        torch.from_numpy(np.require(images, requirements=["C", "W"])), torch.from_numpy(labels.astype(np.int64))
+    )
 
 
 Reader = Callable[[Path, str], Images]
 
-READERS: dict[str, Reader] = {
-    "digits": read_digits,
-    "mnist": read_mnist,
-    "cifar10": partial(
-        read_cifar,
-        "CIFAR10",
-        "cifar-10-batches-py",
-        {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]},
-        b"labels",
-    ),
-    "CIFAR100": partial(
-        read_cifar, "CIFAR100", "cifar-100-python", {"train": ["train"], "test": ["test"]}, b"fine_labels"
-    ),
-    "SVHN": read_svhn,
-    "LSUN": partial(read_folder, "LSUN_resize"),
-    "LSUN-FIX": partial(read_folder, "LSUN_fix"),
-    "tinyImageNet": partial(read_folder, "Imagenet_resize"),
-    "ImageNet-FIX": partial(read_folder, "Imagenet_fix"),
-}
+READERS: dict[str, Reader] = {"digits": read_digits} | {name: partial(read_published, name) for name in SOURCES}

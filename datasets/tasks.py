@@ -1,12 +1,18 @@
 """The registry of tasks: everything that differs between experiments, as data.
 
-A new task is one entry in `TASKS`; argparse choices, sizes of networks and schedules derive from it.
+A new task is one entry in `TASKS`; argparse choices, sizes of networks and schedules derive from it. A task of the
+user's own images, `--task custom`, is made from their folders:
+
+    add_common_arguments(parser, task_names(), all_partitions())
+    add_data_arguments(parser)
+    name, task, partition = task_from_arguments(parser.parse_args())
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from utils import UserError
@@ -16,7 +22,22 @@ HELD_OUT = "held-out-classes"  # the OOD set of Setting 1: the test images of th
 PARTITIONS = {f"partition{k + 1}": tuple(range(k, k + 6)) for k in range(5)}
 ALL_CLASSES = {"all": tuple(range(10))}
 
+CUSTOM = "custom"  # the task of the user's own images
+
 OOD_OF_CIFAR10 = ("SVHN", "LSUN", "LSUN-FIX", "tinyImageNet", "ImageNet-FIX", "CIFAR100")
+
+
+@dataclass(frozen=True)
+class UserFolder:
+    """A user's own images.
+
+    Attributes:
+        root: of IND images the folder with train/CLASS and test/CLASS; of OOD images the folder itself.
+        classes: names of the class folders, in the order of their numbers; empty for OOD images.
+    """
+
+    root: Path
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +59,7 @@ class Task:
         fine_tune_epochs: of stage 2.
         check_every: optimizer steps of stage 2 between two evaluations.
         augment: random crop and flip while the classifier trains.
+        folders: the data sets that are the user's own, by name; names not found here are keys of `READERS`.
     """
 
     dataset: str
@@ -55,7 +77,21 @@ class Task:
     kl_weight: float = 1.0
     fine_tune_epochs: int = 15
     augment: bool = False
+    folders: Mapping[str, UserFolder] = field(default_factory=dict)
 
+
+MNIST = Task(
+    dataset="mnist",
+    partitions=PARTITIONS,
+    ood_datasets=(HELD_OUT,),
+    image_channels=1,
+    image_size=28,
+    networks="mnist",
+    logits=11,
+    sigma=3.0,
+    epochs={"train_classifier": 100, "train_cvae": 100},
+    check_every=20,
+)
 
 TASKS: dict[str, Task] = {
     "same_dataset_digits": Task(
@@ -73,18 +109,9 @@ TASKS: dict[str, Task] = {
         fine_tune_epochs=60,
         check_every=20,
     ),
-    "same_dataset_mnist": Task(
-        dataset="mnist",
-        partitions=PARTITIONS,
-        ood_datasets=(HELD_OUT,),
-        image_channels=1,
-        image_size=28,
-        networks="mnist",
-        logits=11,
-        sigma=3.0,
-        epochs={"train_classifier": 100, "train_cvae": 100},
-        check_every=20,
-    ),
+    "same_dataset_mnist": MNIST,
+    "same_dataset_fashion_mnist": replace(MNIST, dataset="fashion_mnist"),
+    "same_dataset_kmnist": replace(MNIST, dataset="kmnist"),
     "same_dataset_cifar10": Task(
         dataset="cifar10",
         partitions=PARTITIONS,
@@ -119,26 +146,151 @@ def all_partitions() -> list[str]:
     return list(dict.fromkeys(name for task in TASKS.values() for name in task.partitions))
 
 
-def all_ood_datasets() -> list[str]:
-    """The OOD sets of all tasks, for argparse choices."""
-    return list(dict.fromkeys(name for task in TASKS.values() for name in task.ood_datasets))
-
-
 COMMANDS = {"train_classifier": "classifier", "train_cvae": "cvae"}  # training command -> network
 
 
-def find_partition(task_name: str, partition: str | None) -> str:
+def find_partition(task_name: str, task: Task, partition: str | None) -> str:
     """The partition asked for, or the task's first.
 
     Raises:
         UserError: the task has no such partition.
     """
-    partitions = TASKS[task_name].partitions
-    if partition is not None and partition not in partitions:
-        raise UserError(f"--partition {partition}: {task_name} has {', '.join(partitions)}")
-    return partition or next(iter(partitions))
+    if partition is not None and partition not in task.partitions:
+        raise UserError(f"--partition {partition}: {task_name} has {', '.join(task.partitions)}")
+    return partition or next(iter(task.partitions))
 
 
 def default_checkpoint(task_name: str, partition: str, command: str) -> Path:
     """Where a training command writes when it isn't told: ckpt/TASK_PARTITION_NETWORK.pkl."""
     return Path("ckpt") / f"{task_name}_{partition}_{COMMANDS[command]}.pkl"
+
+
+# --- the user's own images ----------------------------------------------------------------------
+
+# Stride and depth tie each family of networks to an image size; either takes grey and colour.
+FAMILIES = {
+    28: {"networks": "mnist", "sigma": 3.0, "epochs": {"train_classifier": 100, "train_cvae": 100}},
+    32: {"networks": "cifar10", "sigma": 5.0, "epochs": {"train_classifier": 200, "train_cvae": 200}, "augment": True},
+}
+
+
+def custom_task(ind_dir: Path, ood_dirs: Sequence[Path] = (), image_size: int = 32, image_channels: int = 3) -> Task:
+    """The task whose IND classes are the folders in `ind_dir`/train, in the order of their names.
+
+    Images are brought to `image_size` and to grey (1 channel) or colour (3) when they are read.
+
+    Raises:
+        UserError: a folder is missing, train and test hold other classes, or there are fewer than two.
+    """
+    ind_dir = Path(ind_dir)
+    classes = class_folders(ind_dir / "train")
+    if len(classes) < 2:
+        raise UserError(
+            f"--ind-dir {ind_dir}: train holds {len(classes)} class folder(s), expected at least 2 (train/CLASS/IMAGE)"
+        )
+    differing = set(classes) ^ set(class_folders(ind_dir / "test"))
+    if differing:
+        raise UserError(
+            f"--ind-dir {ind_dir}: the class {min(differing)} is in one of train and test only; expected it in both"
+        )
+    name = ind_dir.resolve().name
+    task = Task(
+        dataset=name,
+        partitions={"all": tuple(range(len(classes)))},
+        ood_datasets=(),
+        image_channels=image_channels,
+        image_size=image_size,
+        logits=len(classes) + 1,
+        embedded_classes=len(classes),
+        check_every=20,
+        folders={name: UserFolder(ind_dir, classes)},
+        **FAMILIES[image_size],
+    )
+    return with_ood_folders(task, ood_dirs)
+
+
+def class_folders(folder: Path) -> tuple[str, ...]:
+    """The names of the folders in `folder`, sorted; hidden ones left out. Raises `UserError` if it is not there."""
+    try:
+        return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
+    except OSError as error:
+        raise UserError(
+            f"{folder}: {error.strerror or error}; expected a folder with one folder of images per class"
+        ) from None
+
+
+def with_ood_folders(task: Task, ood_dirs: Sequence[Path]) -> Task:
+    """The task with further OOD sets, each named after its folder.
+
+    Raises:
+        UserError: a folder is missing, or its name is taken.
+    """
+    folders = dict(task.folders)
+    for folder in map(Path, ood_dirs):
+        name = folder.resolve().name
+        if not folder.is_dir():
+            raise UserError(f"--ood-dir {folder}: no such folder; expected a folder of images")
+        if name in folders or name == task.dataset or name in task.ood_datasets:
+            raise UserError(f"--ood-dir {folder}: there is a data set called {name} already; rename the folder")
+        folders[name] = UserFolder(folder)
+    return replace(
+        task,
+        folders=folders,
+        ood_datasets=(*task.ood_datasets, *(name for name in folders if name not in task.folders)),
+    )
+
+
+def task_names() -> list[str]:
+    """What --task may be."""
+    return [*TASKS, CUSTOM]
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments about the user's own images, which every command shares."""
+    group = parser.add_argument_group("your own images")
+    group.add_argument(
+        "--ind-dir", type=Path, help="of --task custom: folder with train/CLASS/IMAGE and test/CLASS/IMAGE"
+    )
+    group.add_argument(
+        "--ood-dir",
+        type=Path,
+        action="append",
+        default=[],
+        help="a folder of OOD images, beside any task; may be repeated",
+    )
+    group.add_argument(
+        "--image-size", type=int, choices=list(FAMILIES), help="of --task custom: side in pixels (default: 32)"
+    )
+    group.add_argument(
+        "--grey", action="store_true", help="of --task custom: one grey channel instead of three of colour"
+    )
+
+
+def task_from_arguments(args: argparse.Namespace) -> tuple[str, Task, str]:
+    """The name of the task that the parsed arguments ask for, the task, and the partition.
+
+    Raises:
+        UserError: as `custom_task` and `find_partition`, or an argument does not go with the task.
+    """
+    name, task = custom_from_arguments(args) if args.task == CUSTOM else registered_from_arguments(args)
+    return name, task, find_partition(name, task, args.partition)
+
+
+def custom_from_arguments(args: argparse.Namespace) -> tuple[str, Task]:
+    """The task of the user's own images, named after what sets it apart, such as custom_birds_3x32."""
+    if args.ind_dir is None:
+        raise UserError(
+            "--task custom needs --ind-dir DIR, your IND images: DIR/train/CLASS/IMAGE, DIR/test/CLASS/IMAGE"
+        )
+    size, channels = args.image_size or 32, 1 if args.grey else 3
+    task = custom_task(args.ind_dir, args.ood_dir, size, channels)
+    return f"{CUSTOM}_{task.dataset}_{channels}x{size}", task
+
+
+def registered_from_arguments(args: argparse.Namespace) -> tuple[str, Task]:
+    """A task of the registry, with the user's OOD sets beside its own."""
+    own = {"--ind-dir": args.ind_dir, "--image-size": args.image_size, "--grey": args.grey}
+    given = [flag for flag, value in own.items() if value]
+    if given:
+        raise UserError(f"{given[0]} goes with --task custom only; {args.task} has its own images")
+    return args.task, with_ood_folders(TASKS[args.task], args.ood_dir)

@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from datasets.tasks import TASKS, all_partitions, default_checkpoint, find_partition
+from datasets.tasks import add_data_arguments, all_partitions, default_checkpoint, task_from_arguments, task_names
 from utils import add_common_arguments, check_writable, positive_float, replacing, run_command, seed_number
 
 COUNT, SIDE = 64, 8
@@ -20,11 +20,12 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "figure.samples", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_common_arguments(parser, list(TASKS), all_partitions())
+    add_common_arguments(parser, task_names(), all_partitions())
     parser.add_argument("--params-dict-name2", type=Path, help="the CVAE's checkpoint (default: where train writes it)")
     parser.add_argument("--sigma", type=positive_float, help="of the latents (default: the task's)")
     parser.add_argument("--seed", type=seed_number, default=123, help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, help="folder of the pictures (default: results/TASK_PARTITION_samples)")
+    add_data_arguments(parser)
     return parser
 
 
@@ -36,10 +37,10 @@ def main(args: argparse.Namespace) -> None:
     from training.stage2 import load_stage1
     from utils import generator, pick_device
 
-    task, partition = TASKS[args.task], find_partition(args.task, args.partition)
+    task_name, task, partition = task_from_arguments(args)
     device = pick_device(args.device)
-    path = args.params_dict_name2 or default_checkpoint(args.task, partition, "train_cvae")
-    cvae, _ = load_stage1("train_cvae", task, args.task, partition, path, device)
+    path = args.params_dict_name2 or default_checkpoint(task_name, partition, "train_cvae")
+    cvae, _ = load_stage1("train_cvae", task, task_name, partition, path, device)
     _, test = load_ind(task, partition, args.data_dir)
     rows = torch.randperm(len(test), generator=generator(args.seed, "samples"))[:COUNT]
     chosen = test.at(rows).to(device)
@@ -52,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
             "pseudo_ood": decode_pseudo_ood(cvae, codes, args.sigma or task.sigma),
         }
     for name, batch in pictures.items():
-        file = (args.output or Path("results") / f"{args.task}_{partition}_samples") / f"{name}.png"
+        file = (args.output or Path("results") / f"{task_name}_{partition}_samples") / f"{name}.png"
         save_grid(batch.cpu(), file)
         print(f"wrote {file}")
 

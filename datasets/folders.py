@@ -1,0 +1,199 @@
+"""Folders of images as arrays: listed in the order of their names, decoded by several threads, kept packed.
+
+The packed file, `.NAME.CxSxS.npz` beside the folder NAME, makes every start after the first quick. It is used only
+while names, sizes and times of the images are what they were; it may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from utils import Progress, UserError, replacing
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp"}
+MODES = {1: "L", 3: "RGB"}  # what Pillow calls images of that many channels
+EIGHT_BIT = {
+    "1",
+    "L",
+    "P",
+    "RGB",
+    "RGBA",
+    "LA",
+    "PA",
+    "CMYK",
+    "YCbCr",
+}  # Pillow clips deeper ones instead of scaling them
+THREADS = min(8, os.cpu_count() or 1)
+BLOCK = 512  # images handed to the threads at once
+
+
+def list_images(root: Path) -> list[str]:
+    """The images below `root` at any depth, as paths relative to it with forward slashes, in the order of their names.
+
+    Hidden files and folders are left out.
+    """
+    found = []
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        prefix = Path(folder).relative_to(root).as_posix()
+        names = (
+            name for name in files if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+        )
+        found += [name if prefix == "." else f"{prefix}/{name}" for name in names]
+    return sorted(found)
+
+
+def read_images(
+    root: Path, channels: int, size: int, resize: bool = False, packed: bool = True
+) -> tuple[np.ndarray, list[str]]:
+    """All images below `root` and their names.
+
+    Args:
+        channels: 1 converts to grey, 3 to colour.
+        size: side of the images in pixels.
+        resize: bring images of other sizes to `size` (see `square`) instead of refusing them.
+        packed: read and write the packed file.
+
+    Returns:
+        uint8 [N, channels, size, size], and the N names as `list_images` gives them.
+
+    Raises:
+        UserError: there are no images, or the named one cannot be decoded or has another size or depth.
+    """
+    root = Path(root)
+    names = list_images(root)
+    if not names:
+        raise UserError(
+            f"{root}: no images there; expected a folder of images, in subfolders or not "
+            f"({' '.join(sorted(IMAGE_SUFFIXES))})"
+        )
+    cache = root.with_name(f".{root.name}.{channels}x{size}x{size}.npz")
+    key = _fingerprint(root, names, resize)
+    images = _load_packed(cache, key) if packed else None
+    if images is None or images.shape != (len(names), channels, size, size):
+        images = _decode_all(root, names, channels, size, resize)
+        if packed:
+            _save_packed(cache, key, images)
+    return images, names
+
+
+def _decode_all(root: Path, names: list[str], channels: int, size: int, resize: bool) -> np.ndarray:
+    images = np.empty((len(names), channels, size, size), np.uint8)
+
+    def decode(index: int) -> str | None:
+        try:
+            images[index] = decode_image(root / names[index], channels, size, resize)
+        except UserError as error:
+            return str(error)
+        return None
+
+    raise_first(for_each(decode, len(names), f"decoding {root.name}"))
+    return images
+
+
+def for_each(work: Callable[[int], str | None], count: int, label: str) -> list[str]:
+    """Call `work` with 0 … count - 1 in several threads, under a progress bar; returns the complaints, in order."""
+    complaints: list[str] = []
+    progress = Progress(count, label)
+    with ThreadPoolExecutor(THREADS) as pool:
+        for start in range(0, count, BLOCK):
+            block = range(start, min(start + BLOCK, count))
+            complaints += filter(None, pool.map(work, block))
+            progress.advance(len(block))
+    progress.close()
+    return complaints
+
+
+def raise_first(complaints: list[str]) -> None:
+    """Raise `UserError` with the first complaint, if there is one, and the number of the others."""
+    if complaints:
+        raise UserError(complaints[0] + (f" (and {len(complaints) - 1} more images)" if len(complaints) > 1 else ""))
+
+
+def decode_image(path: Path, channels: int, size: int, resize: bool = False) -> np.ndarray:
+    """One image, uint8 [channels, size, size]. Raises `UserError` naming the file."""
+    image = open_image(path, channels, None if resize else size)
+    array = np.asarray(square(image, size))
+    return array[None] if channels == 1 else array.transpose(2, 0, 1)
+
+
+def open_image(path: Path, channels: int, size: int | None = None):
+    """A decoded PIL image in grey or colour. Raises `UserError` for another `size` and for more than 8 bits."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            if image.mode not in EIGHT_BIT:
+                raise UserError(
+                    f"{path}: has pixels of mode {image.mode}; expected 8 bits per channel. Convert or remove it"
+                )
+            if size is not None and image.size != (size, size):
+                raise UserError(
+                    f"{path}: is {image.width}x{image.height} pixels; expected {size}x{size}. Replace or remove it"
+                )
+            return image.convert(MODES[channels])
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        reason = "no image" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise UserError(f"{path}: cannot be decoded ({reason}). Replace or remove it") from None
+
+
+def square(image, size: int):
+    """A PIL image with its short side brought to `size` and its middle cut out: size x size.
+
+    Pillow's resizing averages over the pixels that fall together, so shrinking makes no aliases.
+    """
+    from PIL import Image
+
+    if image.size == (size, size):
+        return image
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
+
+
+# --- the packed file ----------------------------------------------------------------------------
+
+
+def _fingerprint(root: Path, names: list[str], resize: bool) -> str:
+    lines = [f"{resize}"]
+    for name in names:
+        status = os.stat(root / name)
+        lines.append(f"{name}\0{status.st_size}\0{status.st_mtime_ns}")
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _load_packed(cache: Path, key: str) -> np.ndarray | None:
+    """The packed images if they are those of `key`; whatever else is there counts as nothing."""
+    try:
+        with np.load(cache, allow_pickle=False) as content:
+            if str(content["key"]) == key and content["images"].dtype == np.uint8:
+                return content["images"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass
+    return None
+
+
+def _save_packed(cache: Path, key: str, images: np.ndarray) -> None:
+    try:
+        with replacing(cache) as temporary, open(temporary, "wb") as file:
+            np.savez(file, key=np.array(key), images=images)
+    except UserError:
+        pass  # a folder we may not write to is read anew each time
+
+
+def forget_packed(root: Path) -> None:
+    """Remove the packed files of a folder, as far as that is allowed."""
+    for cache in root.parent.glob(f".{glob.escape(root.name)}.*.npz"):
+        try:
+            cache.unlink()
+        except OSError:
+            pass

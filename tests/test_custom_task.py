@@ -1,0 +1,260 @@
+"""Tasks of the user's own images, from their folders to the commands."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval as evaluate
+import train
+from datasets.datasetsHelper import load_ind, load_ood
+from datasets.tasks import (
+    HELD_OUT,
+    MNIST,
+    TASKS,
+    add_data_arguments,
+    all_partitions,
+    custom_task,
+    find_partition,
+    task_from_arguments,
+    task_names,
+    with_ood_folders,
+)
+from tests.tiny_data import squares, write_folder, write_mnist
+from training.train_classifier import build_classifier
+from training.train_cvae import build_cvae
+from utils import UserError, add_common_arguments, run_command
+
+ROOT = Path(__file__).parent.parent
+SHADES = {"crow": 30, "duck": 120, "swan": 220}
+
+
+@pytest.fixture
+def birds(tmp_path) -> Path:
+    """Three classes of uniform shades, 4 training and 2 test images each, of several sizes and modes."""
+    for split, count in (("train", 4), ("test", 2)):
+        for name, shade in SHADES.items():
+            folder = tmp_path / "birds" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new(("RGB", "L")[i % 2], (40 + i, 50), (shade, shade, shade)[: 3 - 2 * (i % 2)]).save(
+                    folder / f"{i}.png"
+                )
+    return tmp_path / "birds"
+
+
+@pytest.fixture
+def insects(tmp_path) -> Path:
+    write_folder(tmp_path, "insects", 5, size=64, nested=True)
+    return tmp_path / "insects"
+
+
+def parse(*argv: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_common_arguments(parser, task_names(), all_partitions())
+    add_data_arguments(parser)
+    return parser.parse_args([str(word) for word in argv])
+
+
+# --- the task -----------------------------------------------------------------------------------
+
+
+def test_classes_follow_the_folders(birds, insects):
+    task = custom_task(birds, [insects])
+    assert task.folders["birds"].classes == ("crow", "duck", "swan")
+    assert task.partitions == {"all": (0, 1, 2)} and task.logits == 4 and task.embedded_classes == 3
+    assert task.dataset == "birds" and task.ood_datasets == ("insects",)
+    assert (task.networks, task.image_size, task.image_channels, task.augment) == ("cifar10", 32, 3, True)
+
+
+def test_images_are_resized_and_labelled(birds, insects, tmp_path):
+    task = custom_task(birds, [insects])
+    train, test = load_ind(task, "all", tmp_path)
+    assert train.images.shape == (12, 3, 32, 32) and train.images.dtype == torch.uint8
+    assert train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4 and test.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    for label, shade in enumerate(SHADES.values()):
+        assert (train.images[train.labels == label] == shade).all()
+    assert load_ood(task, "all", "insects", tmp_path).shape == (5, 3, 32, 32)
+
+
+@pytest.mark.parametrize(("size", "channels"), [(28, 1), (28, 3), (32, 1), (32, 3)])
+def test_networks_take_every_shape(birds, tmp_path, size, channels):
+    task = custom_task(birds, [], size, channels)
+    train, _ = load_ind(task, "all", tmp_path)
+    assert train.images.shape[1:] == (channels, size, size)
+    images, labels = train.images[:2] / 255, train.labels[:2]
+    with torch.no_grad():
+        assert build_classifier(task).eval()(images).shape == (2, 4)
+        reconstruction, mean, _ = build_cvae(task).eval()(images, labels, torch.zeros(2, 32))
+    assert reconstruction.shape == images.shape and mean.shape == (2, 32)
+
+
+def test_more_classes_than_ten(tmp_path):
+    for split in ("train", "test"):
+        for k in range(12):
+            write_folder(tmp_path / "many" / split, f"class_{k:02d}", 1)
+    task = custom_task(tmp_path / "many")
+    assert (task.logits, task.embedded_classes, len(task.partitions["all"])) == (13, 12, 12)
+    assert load_ind(task, "all", tmp_path)[1].labels.tolist() == list(range(12))
+
+
+def test_resizing_averages(tmp_path):
+    rows, columns = np.indices((128, 128))
+    board = Image.fromarray(((rows + columns) % 2 * 255).astype(np.uint8))
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / "boards" / split / name).mkdir(parents=True)
+            board.save(tmp_path / "boards" / split / name / "x.png")
+    train, _ = load_ind(custom_task(tmp_path / "boards"), "all", tmp_path)
+    assert (train.images.int() - 127).abs().max() <= 16
+
+
+def test_ood_folders_beside_a_registered_task(insects, tmp_path):
+    task = with_ood_folders(MNIST, [insects])
+    assert task.ood_datasets == (HELD_OUT, "insects") and TASKS["same_dataset_mnist"].ood_datasets == (HELD_OUT,)
+    assert load_ood(task, "partition1", "insects", tmp_path).shape == (5, 1, 28, 28)
+    write_mnist(tmp_path, 1)
+    assert len(load_ood(task, "partition1", HELD_OUT, tmp_path)) == 4
+
+
+def test_further_mnists_are_one_entry_each():
+    for name, dataset in (("same_dataset_fashion_mnist", "fashion_mnist"), ("same_dataset_kmnist", "kmnist")):
+        task = TASKS[name]
+        assert task.dataset == dataset
+        assert {key: value for key, value in vars(task).items() if key != "dataset"} == {
+            key: value for key, value in vars(MNIST).items() if key != "dataset"
+        }
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+def remove(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
+def test_folder_mistakes_are_named(birds, tmp_path):
+    with pytest.raises(UserError, match=r"nowhere/train: No such file or directory; expected a folder with one folder"):
+        custom_task(tmp_path / "nowhere")
+    remove(birds / "test" / "duck")
+    with pytest.raises(UserError, match="the class duck is in one of train and test only; expected it in both"):
+        custom_task(birds)
+    for name in ("duck", "swan"):
+        remove(birds / "train" / name)
+    with pytest.raises(UserError, match=r"train holds 1 class folder\(s\), expected at least 2 \(train/CLASS/IMAGE\)"):
+        custom_task(birds)
+
+
+def test_image_mistakes_are_named(birds, tmp_path):
+    task = custom_task(birds)
+    stray = birds / "train" / "stray.png"
+    Image.new("RGB", (9, 9)).save(stray)
+    with pytest.raises(UserError, match=r"train/stray\.png: belongs to no class; expected .*train/CLASS/IMAGE"):
+        load_ind(task, "all", tmp_path)
+    stray.unlink()
+    for path in (birds / "test" / "duck").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="test/duck: no images there; every class needs some in train and in test"):
+        load_ind(task, "all", tmp_path)
+    (birds / "test" / "duck" / "bad.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"test/duck/bad\.png: cannot be decoded"):
+        load_ind(task, "all", tmp_path)
+
+
+def test_ood_mistakes_are_named(birds, insects, tmp_path):
+    with pytest.raises(UserError, match="--ood-dir .*nowhere: no such folder; expected a folder of images"):
+        custom_task(birds, [tmp_path / "nowhere"])
+    other = tmp_path / "other" / "insects"
+    other.mkdir(parents=True)
+    with pytest.raises(UserError, match="there is a data set called insects already; rename the folder"):
+        custom_task(birds, [insects, other])
+    with pytest.raises(UserError, match="there is a data set called birds already"):
+        custom_task(birds, [birds])
+    (tmp_path / "SVHN").mkdir()
+    with pytest.raises(UserError, match="there is a data set called SVHN already"):
+        with_ood_folders(TASKS["different_dataset"], [tmp_path / "SVHN"])
+    empty = custom_task(birds, [tmp_path / "SVHN"])
+    with pytest.raises(UserError, match="SVHN: no images there"):
+        load_ood(empty, "all", "SVHN", tmp_path)
+
+
+# --- arguments ----------------------------------------------------------------------------------
+
+
+def test_task_from_arguments(birds, insects):
+    name, task, partition = task_from_arguments(parse("--task", "custom", "--ind-dir", birds, "--ood-dir", insects))
+    assert (name, partition, task) == ("custom_birds_3x32", "all", custom_task(birds, [insects]))
+    name, task, _ = task_from_arguments(parse("--task", "custom", "--ind-dir", birds, "--image-size", 28, "--grey"))
+    assert name == "custom_birds_1x28" and task == custom_task(birds, [], 28, 1)
+    name, task, partition = task_from_arguments(parse("--task", "same_dataset_kmnist", "--partition", "partition3"))
+    assert (name, partition) == ("same_dataset_kmnist", "partition3") and task == TASKS[name]
+    _, task, _ = task_from_arguments(parse("--task", "different_dataset", "--ood-dir", insects))
+    assert task.ood_datasets == (*TASKS["different_dataset"].ood_datasets, "insects")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--task", "custom"], "--task custom needs --ind-dir DIR"),
+        (["--ind-dir", "x"], "--ind-dir goes with --task custom only; same_dataset_digits has its own images"),
+        (["--grey"], "--grey goes with --task custom only"),
+        (["--image-size", "28"], "--image-size goes with --task custom only"),
+        (
+            ["--task", "different_dataset", "--partition", "partition2"],
+            "--partition partition2: different_dataset has all",
+        ),
+    ],
+)
+def test_arguments_that_do_not_go_together(argv, message):
+    with pytest.raises(UserError, match=message):
+        task_from_arguments(parse(*argv))
+
+
+def test_find_partition():
+    assert find_partition("different_dataset", TASKS["different_dataset"], None) == "all"
+    assert find_partition("same_dataset_mnist", MNIST, "partition5") == "partition5"
+
+
+# --- the commands -------------------------------------------------------------------------------
+
+
+def run(module, *argv: object) -> int:
+    return run_command(module.main, module.get_parser(), [str(word) for word in argv])
+
+
+def test_own_images_through_training_and_evaluation(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for seed, split in enumerate(("train", "test")):
+        for label, name in enumerate(("left", "right")):
+            folder = tmp_path / "sides" / split / name
+            folder.mkdir(parents=True)
+            for i, image in enumerate(squares(np.full(4, label), 28, 1, 10 * seed + label)):
+                Image.fromarray(image[0]).save(folder / f"{i}.png")
+    write_folder(tmp_path, "noise", 6)
+    data = ["--task", "custom", "--ind-dir", "sides", "--image-size", 28, "--grey", "--device", "cpu"]
+    for command in ("train_classifier", "train_cvae"):
+        assert run(train, *data, "--command", command, "--epochs", 1, "--precision", "fp32") == 0
+    made = ["custom_sides_1x28_all_classifier.pkl", "custom_sides_1x28_all_cvae.pkl"]
+    assert sorted(path.name for path in (tmp_path / "ckpt").iterdir()) == made
+    assert run(evaluate, *data) == 2
+    assert "has no OOD images; name a folder of them with --ood-dir" in capsys.readouterr().err
+    assert run(evaluate, *data, "--ood-dir", "noise", "--ood-dataset", "nose") == 2
+    assert "--ood-dataset nose: custom_sides_1x28 has noise" in capsys.readouterr().err
+    assert run(evaluate, *data, "--ood-dir", "noise", "--epochs", 1, "--output", "out.json") == 0
+    assert json.loads((tmp_path / "out.json").read_text())["images"]["noise"] == 6
+
+
+@pytest.mark.parametrize("module", ["train", "eval", "datasets.download", "datasets.make_fix"])
+def test_help_needs_no_torch(module):
+    code = f"import sys, {module}; {module}.get_parser().format_help(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
