@@ -54,7 +54,8 @@ def main(args: argparse.Namespace) -> None:
     batched_engine, _, batched_images = work.engine(modes, seeds, "fp32")
     batched_plain = single_plain * len(modes) * len(seeds)  # independent runs of the same size
     print(
-        f"one mode and seed: plain {single_plain:.1f} s, engine {single_engine:.1f} s, in auto precision {single_auto:.1f} s"
+        f"one mode and seed: plain {single_plain:.1f} s, engine {single_engine:.1f} s, "
+        f"in auto precision {single_auto:.1f} s"
     )
     print(f"2 modes, 5 seeds: plain {batched_plain:.1f} s (10 times the above), engine {batched_engine:.1f} s")
 
