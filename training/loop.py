@@ -8,6 +8,7 @@ repeats the very numbers of one that was not, and no generator state has to be s
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 import zlib
@@ -172,9 +173,10 @@ class RunState:
         self.step += 1
 
     def latest_loss(self) -> float:
-        """The last step's loss. This waits for the device."""
+        """The last step's loss. This waits for the device, and stops a run of one process whose loss is not finite:
+        several find out together, at the end of the epoch, since only the main one shows its loss."""
         loss = self.losses[-1].item()
-        if loss != loss or loss in (float("inf"), float("-inf")):
+        if self.processes.world == 1 and not math.isfinite(loss):
             self.check_finite()
         return loss
 
