@@ -248,7 +248,7 @@ class RunState:
         """Go on from the saved state, if there is one; write the log's lines up to there.
 
         Raises:
-            UserError: the state is of another configuration.
+            UserError: the state is of another configuration, or beyond the epochs asked for.
         """
         path = self.recorder.resume
         if path and path.exists():
@@ -263,6 +263,12 @@ class RunState:
                 raise UserError(
                     f"{path} holds the state of a different run ({'; '.join(differ)}). "
                     "Give the same options to resume it, or --restart to start over"
+                )
+            begun = -(-saved["step"] // self.steps_per_epoch)
+            if begun > self.config.epochs:
+                raise UserError(
+                    f"{path} holds a run in or after its epoch {begun}, but --epochs is {self.config.epochs}. "
+                    f"Ask for {begun} epochs or more, or --restart to start over"
                 )
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
