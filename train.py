@@ -94,7 +94,8 @@ def train(args: argparse.Namespace, processes) -> None:
     what = {"command": args.command, "task": args.task, "partition": partition, "val_fraction": args.val_fraction}
     origin = what | asdict(config)
     if is_done(path, resume, origin, args.restart):
-        print(f"{path} is complete already; --restart trains it anew")
+        if processes.is_main:
+            print(f"{path} is complete already; --restart trains it anew")
         return
 
     training_images, test_images = load_ind(task, partition, args.data_dir)
