@@ -100,11 +100,13 @@ def train(args: argparse.Namespace, processes) -> None:
 
     training_images, test_images = load_ind(task, partition, args.data_dir)
     training_images, _ = split_validation(training_images, args.val_fraction)
-    for file in filter(None, (path, args.log)):
-        check_writable(file)
+    if args.log:
+        check_writable(args.log)
     torch.manual_seed(derive_seed(args.seed, "initialisation", args.command))
     model = stage.build(task).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+    # A state holds the network and Adam's two moments; an old one stays until the new one is complete.
+    check_writable(path, (3 if resume.exists() else 6) * sum(t.nbytes for t in model.state_dict().values()))
     if processes.is_main:
         print(
             f"{args.command}: {args.task} {partition}, {len(training_images):,} images, {config.epochs} epochs "
@@ -138,7 +140,7 @@ def is_done(path: Path, resume: Path, origin: dict, restart: bool) -> bool:
     if restart:
         resume.unlink(missing_ok=True)
         return False
-    if resume.exists() or not path.exists():
+    if resume.exists() or not path.is_file():
         return False
     theirs = getattr(load_checkpoint(path), "origin", {})
     differ = [f"{key} was {theirs.get(key)}, is {value}" for key, value in origin.items() if theirs.get(key) != value]

@@ -22,7 +22,17 @@ from torch import Tensor, nn
 
 from datasets.datasetsHelper import Images
 from training.processes import Processes
-from utils import Progress, Stopped, UserError, autocast, derive_seed, generator, load_checkpoint, save_checkpoint
+from utils import (
+    Progress,
+    Stopped,
+    UserError,
+    autocast,
+    derive_seed,
+    generator,
+    load_checkpoint,
+    save_checkpoint,
+    writing,
+)
 
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 STEPS_BETWEEN_STOP_CHECKS = 20  # with several processes, which have to agree
@@ -214,7 +224,7 @@ class RunState:
         if self.processes.is_main:
             self.recorder.watch(line)
             if self.recorder.log:
-                with open(self.recorder.log, "a") as log:
+                with writing(self.recorder.log), open(self.recorder.log, "a") as log:
                     log.write(json.dumps(line) + "\n")
         if self.epoch % self.recorder.save_every == 0 or self.epoch == self.config.epochs:
             self.save()
@@ -282,8 +292,9 @@ class RunState:
                     flush=True,
                 )
         if self.recorder.log and self.processes.is_main:
-            self.recorder.log.parent.mkdir(parents=True, exist_ok=True)
-            self.recorder.log.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+            with writing(self.recorder.log):
+                self.recorder.log.parent.mkdir(parents=True, exist_ok=True)
+                self.recorder.log.write_text("".join(json.dumps(line) + "\n" for line in self.history))
 
 
 class SignalWatch:
