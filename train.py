@@ -10,6 +10,7 @@ run goes on when the same command is given again; several GPUs: torchrun --nproc
 from __future__ import annotations
 
 import argparse
+import glob
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -98,6 +99,8 @@ def train(args: argparse.Namespace, processes) -> None:
             print(f"{path} is complete already; --restart trains it anew")
         return
 
+    if processes.is_main:
+        remove_leftovers(path)
     training_images, test_images = load_ind(task, partition, args.data_dir)
     training_images, _ = split_validation(training_images, args.val_fraction)
     if args.log:
@@ -150,6 +153,12 @@ def is_done(path: Path, resume: Path, origin: dict, restart: bool) -> bool:
             "Name another --params-dict-name, or replace it with --restart"
         )
     return True
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove temporary files of a run that was killed while it wrote `path` or its resumable state."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        leftover.unlink()
 
 
 def tensorboard_writer(folder: Path | None) -> Callable[[dict], None]:
