@@ -83,7 +83,7 @@ def train(args: argparse.Namespace, processes) -> None:
 
     task, partition = TASKS[args.task], find_partition(args.task, args.partition)
     path = args.params_dict_name or default_checkpoint(args.task, partition, args.command)
-    resume = path.with_name(path.name + ".resume")
+    resume = path.parent / f"{path.name}.resume"
     device, stage = processes.device, STAGES[args.command]
     config = LoopConfig(
         epochs=args.epochs or task.epochs[args.command],
