@@ -21,6 +21,7 @@ from PIL import Image
 import eval
 import train
 from datasets.tasks import TASKS
+from evaluation import summarise
 from figure import samples
 from tests import tiny_data
 from utils import load_checkpoint, run_command, save_checkpoint
@@ -220,6 +221,33 @@ def test_pictures_show_what_the_networks_make(digits, capsys):
     assert (picture[:2] == 255).all() and picture[2:58:7, 2:58:7].shape == (8, 8, 3)
 
 
+def write_result(file: str, task: str = "same_dataset_mnist", auroc: float = 0.9, accuracy: float = 0.5) -> str:
+    detection = {"method": "CMG-energy", "ood_dataset": "held-out-classes", "seed": 1, "at": "last", "auroc": auroc}
+    ind = {"method": "CMG-energy", "seed": 1, "at": "last", "accuracy": accuracy, "ece": 0.125}
+    Path(file).write_text(json.dumps({"task": task, "detection": [detection], "ind": [ind]}))
+    return file
+
+
+def test_the_mean_over_results(workplace, capsys):
+    files = [write_result(f"p{i}.json", auroc=auroc) for i, auroc in enumerate((0.9, 0.92, 0.97))]
+    assert run(summarise, *files) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("Mean ± standard deviation over 3 results of same_dataset_mnist\n")
+    assert parse_table(printed) == {
+        ("held-out-classes", "CMG-energy", "last"): ("93.00 ± 3.61", "-", "-", "-"),
+        ("CMG-energy", "last"): ("50.00 ± 0.00", "12.50 ± 0.00"),
+    }
+
+
+def test_results_without_a_mean_are_refused(workplace, capsys):
+    one, other = write_result("one.json"), write_result("other.json", task="different_dataset")
+    line = error_of(capsys, summarise, one, other)
+    assert "different tasks (different_dataset, same_dataset_mnist) have no mean" in line
+    Path("text.json").write_text("no JSON")
+    assert "text.json: is no result; expected a JSON file that" in error_of(capsys, summarise, one, "text.json")
+    assert "none.json: No such file or directory; expected" in error_of(capsys, summarise, one, "none.json")
+
+
 def test_defaults_are_the_embedded_task_and_the_paper(workplace):
     train_args, eval_args = train.get_parser().parse_args([]), eval.get_parser().parse_args([])
     for args in (train_args, eval_args):
@@ -232,7 +260,7 @@ def test_defaults_are_the_embedded_task_and_the_paper(workplace):
     assert (eval_args.anchor, eval_args.pseudo_pool, eval_args.tune) == (0.0, 0, "head")
 
 
-@pytest.mark.parametrize("module", ["train", "eval", "figure.samples"])
+@pytest.mark.parametrize("module", ["train", "eval", "figure.samples", "evaluation.summarise"])
 def test_help_and_bad_arguments_do_not_import_torch(module):
     for option, status in (("--help", 0), ("--task=nonsense", 2)):
         command = [sys.executable, "-X", "importtime", "-m", module, option]

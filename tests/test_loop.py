@@ -220,9 +220,10 @@ def test_a_complete_run_is_not_repeated_and_another_is_not_overwritten(tiny, cap
 def test_restart_forgets_what_an_earlier_run_left(tiny):
     tiny("--seed", "9", epochs=2)
     shutil.copy("net.pkl", "old")
-    tiny(stop={STEPS: signal.SIGTERM})  # refused, since net.pkl is of another run
-    assert tiny("--restart", stop={STEPS: signal.SIGTERM}) == 143
+    assert tiny() == 2  # net.pkl is of another run
+    assert tiny("--seed", "8", "--restart", stop={STEPS: signal.SIGTERM}) == 143
     assert_same_network("net.pkl", "old")  # until the new one is complete
+    assert tiny() == 2  # the state is of another run
     assert tiny("--restart") == 0
     tiny(file="whole")
     assert_same_network("net.pkl", "whole")
