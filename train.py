@@ -122,7 +122,7 @@ def train(args: argparse.Namespace, processes) -> None:
         save_every=args.save_every,
         identity=what | {"data": fingerprint(training_images)},
         log=args.log,
-        watch=tensorboard_writer(args.tensorboard),
+        watch=tensorboard_writer(args.tensorboard if processes.is_main else None),
     )
     fit(model, optimizer, training_images.to(device), stage.objective(task), config, processes, recorder, args.compile)
     if not processes.is_main:
