@@ -337,12 +337,15 @@ def options(file: Path, epochs: int) -> list[str]:
 
 
 def test_a_run_killed_at_random_moments_ends_in_the_same_network(tmp_path):
-    whole, parts, output = tmp_path / "whole", tmp_path / "parts", tmp_path / "output"
+    whole, again, parts, output = (tmp_path / name for name in ("whole", "again", "parts", "output"))
     assert finish([children.start(children.train_tiny, options(whole, 40), output=output)]) == [0]
+    start = time.monotonic()
+    assert finish([children.start(children.train_tiny, options(again, 40), output=output)]) == [0]
+    duration = time.monotonic() - start
     kills, completed, chance = 0, 0, random.Random(0)
     while kills < 20 or not completed:
         process = children.start(children.train_tiny, options(parts, 40), output=output)
-        process.join(chance.uniform(0, 1) if kills < 20 else 60)
+        process.join(chance.uniform(0, duration) if kills < 20 else 60)
         process.kill()
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL), output.read_text()

@@ -128,6 +128,17 @@ def test_initial_distributions_of_the_mnist_classifier(digits_classifier):
     assert all(not state[f"convE.bn{i}.bias"].any() for i in range(1, 10))
 
 
+def test_initial_distributions_of_the_cifar10_classifier_are_those_of_torch():
+    torch.manual_seed(0)
+    for name, weights in MainModel(32, 3, 11, "cifar10").named_parameters():
+        if weights.dim() > 1:  # uniform within 1 / sqrt(number of inputs)
+            bound = weights[0].numel() ** -0.5
+            assert 0.99 * bound < weights.abs().max() <= bound
+            assert abs(weights.std() * 3**0.5 / bound - 1) < 5 / weights.numel() ** 0.5
+        elif "classifier" not in name:  # batch norm
+            assert (weights == (1 if name.endswith("weight") else 0)).all()
+
+
 def test_mnist_extractor_equals_a_plain_restatement(digits_classifier):
     extractor, state = digits_classifier.convE, digits_classifier.convE.state_dict()
     x = images = torch.rand(3, 1, 8, 8)
