@@ -11,6 +11,7 @@ run goes on when the same command is given again; several GPUs: torchrun --nproc
 from __future__ import annotations
 
 import argparse
+import glob
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -91,7 +92,7 @@ def train(args: argparse.Namespace, processes) -> None:
 
     task_name, task, partition = task_from_arguments(args)
     path = args.params_dict_name or default_checkpoint(task_name, partition, args.command)
-    resume = path.with_name(path.name + ".resume")
+    resume = path.parent / f"{path.name}.resume"
     device, stage = processes.device, STAGES[args.command]
     config = LoopConfig(
         epochs=args.epochs or task.epochs[args.command],
@@ -103,16 +104,21 @@ def train(args: argparse.Namespace, processes) -> None:
     what = {"command": args.command, "task": task_name, "partition": partition, "val_fraction": args.val_fraction}
     origin = what | asdict(config)
     if is_done(path, resume, origin, args.restart):
-        print(f"{path} is complete already; --restart trains it anew")
+        if processes.is_main:
+            print(f"{path} is complete already; --restart trains it anew")
         return
 
+    if processes.is_main:
+        remove_leftovers(path)
     training_images, test_images = load_ind(task, partition, args.data_dir)
     training_images, _ = split_validation(training_images, args.val_fraction)
-    for file in filter(None, (path, args.log)):
-        check_writable(file)
+    if args.log:
+        check_writable(args.log)
     torch.manual_seed(derive_seed(args.seed, "initialisation", args.command))
     model = stage.build(task).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+    # A state holds the network and Adam's two moments; an old one stays until the new one is complete.
+    check_writable(path, (3 if resume.exists() else 6) * sum(t.nbytes for t in model.state_dict().values()))
     if processes.is_main:
         print(
             f"{args.command}: {task_name} {partition}, {len(training_images):,} images, {config.epochs} epochs "
@@ -125,7 +131,7 @@ def train(args: argparse.Namespace, processes) -> None:
         save_every=args.save_every,
         identity=what | {"data": fingerprint(training_images)},
         log=args.log,
-        watch=tensorboard_writer(args.tensorboard),
+        watch=tensorboard_writer(args.tensorboard if processes.is_main else None),
     )
     fit(model, optimizer, training_images.to(device), stage.objective(task), config, processes, recorder, args.compile)
     if not processes.is_main:
@@ -146,7 +152,7 @@ def is_done(path: Path, resume: Path, origin: dict, restart: bool) -> bool:
     if restart:
         resume.unlink(missing_ok=True)
         return False
-    if resume.exists() or not path.exists():
+    if resume.exists() or not path.is_file():
         return False
     theirs = getattr(load_checkpoint(path), "origin", {})
     differ = [f"{key} was {theirs.get(key)}, is {value}" for key, value in origin.items() if theirs.get(key) != value]
@@ -156,6 +162,12 @@ def is_done(path: Path, resume: Path, origin: dict, restart: bool) -> bool:
             "Name another --params-dict-name, or replace it with --restart"
         )
     return True
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove temporary files of a run that was killed while it wrote `path` or its resumable state."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        leftover.unlink()
 
 
 def tensorboard_writer(folder: Path | None) -> Callable[[dict], None]:

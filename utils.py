@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import sys
 import tempfile
@@ -254,6 +255,16 @@ class Progress:
 
 
 @contextmanager
+def writing(path: Path):
+    """Turn a failure to write `path` within the block into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write {path}: {reason}. Choose a folder you may write to, with room left") from error
+
+
+@contextmanager
 def replacing(path: Path):
     """Yield a temporary path in the folder of `path` (which is made first); rename it to `path` at the end.
 
@@ -265,18 +276,15 @@ def replacing(path: Path):
     path = Path(path)
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        yield Path(temporary)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}. Choose a folder you may write to, with room left"
-        ) from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+            os.close(handle)
+            yield Path(temporary)
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
@@ -288,21 +296,23 @@ def _umask() -> int:
     return mask
 
 
-def check_writable(path: Path) -> None:
-    """Find out before the work starts that `path` can be written.
+def check_writable(path: Path, room: int = 0) -> None:
+    """Find out before the work starts that `path` can be written, with `room` bytes free.
 
     Raises:
-        UserError: it is a folder, or its folder cannot be made or written.
+        UserError: it is a folder, its folder cannot be made or written, or the disk is too full.
     """
     path = Path(path)
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder; name a file")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}. Choose a folder you may write to") from error
+        free = shutil.disk_usage(path.parent).free
+    if free < room:
+        needed = f"{free / 1e6:,.0f} MB are free, {room / 1e6:,.0f} MB are needed"
+        raise UserError(f"cannot write {path}: {needed}. Make room or choose another disk")
 
 
 def write_json(path: Path, content: dict) -> None:

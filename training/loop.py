@@ -8,6 +8,7 @@ repeats the very numbers of one that was not, and no generator state has to be s
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 import zlib
@@ -21,7 +22,17 @@ from torch import Tensor, nn
 
 from datasets.datasetsHelper import Images
 from training.processes import Processes
-from utils import Progress, Stopped, UserError, autocast, derive_seed, generator, load_checkpoint, save_checkpoint
+from utils import (
+    Progress,
+    Stopped,
+    UserError,
+    autocast,
+    derive_seed,
+    generator,
+    load_checkpoint,
+    save_checkpoint,
+    writing,
+)
 
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 STEPS_BETWEEN_STOP_CHECKS = 20  # with several processes, which have to agree
@@ -172,9 +183,10 @@ class RunState:
         self.step += 1
 
     def latest_loss(self) -> float:
-        """The last step's loss. This waits for the device."""
+        """The last step's loss. This waits for the device, and stops a run of one process whose loss is not finite:
+        several find out together, at the end of the epoch, since only the main one shows its loss."""
         loss = self.losses[-1].item()
-        if loss != loss or loss in (float("inf"), float("-inf")):
+        if self.processes.world == 1 and not math.isfinite(loss):
             self.check_finite()
         return loss
 
@@ -212,7 +224,7 @@ class RunState:
         if self.processes.is_main:
             self.recorder.watch(line)
             if self.recorder.log:
-                with open(self.recorder.log, "a") as log:
+                with writing(self.recorder.log), open(self.recorder.log, "a") as log:
                     log.write(json.dumps(line) + "\n")
         if self.epoch % self.recorder.save_every == 0 or self.epoch == self.config.epochs:
             self.save()
@@ -246,7 +258,7 @@ class RunState:
         """Go on from the saved state, if there is one; write the log's lines up to there.
 
         Raises:
-            UserError: the state is of another configuration.
+            UserError: the state is of another configuration, or beyond the epochs asked for.
         """
         path = self.recorder.resume
         if path and path.exists():
@@ -262,6 +274,12 @@ class RunState:
                     f"{path} holds the state of a different run ({'; '.join(differ)}). "
                     "Give the same options to resume it, or --restart to start over"
                 )
+            begun = -(-saved["step"] // self.steps_per_epoch)
+            if begun > self.config.epochs:
+                raise UserError(
+                    f"{path} holds a run in or after its epoch {begun}, but --epochs is {self.config.epochs}. "
+                    f"Ask for {begun} epochs or more, or --restart to start over"
+                )
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             device = self.processes.device
@@ -274,8 +292,9 @@ class RunState:
                     flush=True,
                 )
         if self.recorder.log and self.processes.is_main:
-            self.recorder.log.parent.mkdir(parents=True, exist_ok=True)
-            self.recorder.log.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+            with writing(self.recorder.log):
+                self.recorder.log.parent.mkdir(parents=True, exist_ok=True)
+                self.recorder.log.write_text("".join(json.dumps(line) + "\n" for line in self.history))
 
 
 class SignalWatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,14 @@ from training.stages import STAGES
 from utils import UserError
 
 
+def train_command(command: str, task_name: str, partition: str, path: Path) -> str:
+    """What to type to make a checkpoint."""
+    return (
+        f"python -m train --task {task_name} --partition {partition} --command {command} --params-dict-name "
+        f"{shlex.quote(str(path))}"
+    )
+
+
 def load_stage1(
     command: str, task: Task, task_name: str, partition: str, path: Path, device: torch.device
 ) -> tuple[nn.Module, dict]:
@@ -31,10 +40,7 @@ def load_stage1(
         UserError: the file is missing or is not what it should be.
     """
     network = STAGES[command].build(task)
-    remedy = (
-        f"Make it with: python -m train --task {task_name} --partition {partition} "
-        f"--command {command} --params-dict-name {path}"
-    )
+    remedy = f"Make it with: {train_command(command, task_name, partition, path)}"
     expected = {"command": command, "task": task_name, "partition": partition}
     origin = load_network(path, network, f"the {COMMANDS[command]} of {task_name}", expected, remedy)
     return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), origin
@@ -48,6 +54,11 @@ def load_networks(
     Raises:
         UserError: a file is missing or is not what it should be, or the two kept different images from training.
     """
+    missing = {command: path for command, path in paths.items() if not path.is_file()}
+    if missing:
+        files = " and ".join(f"{path}: no such file" for path in missing.values())
+        remedy = " && ".join(train_command(command, task_name, partition, path) for command, path in missing.items())
+        raise UserError(f"{files}. Make what is missing with: {remedy}")
     loaded = {command: load_stage1(command, task, task_name, partition, paths[command], device) for command in COMMANDS}
     origins = {command: origin for command, (_, origin) in loaded.items()}
     kept = [origin.get("val_fraction", 0.0) for origin in origins.values()]

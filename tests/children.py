@@ -1,0 +1,106 @@
+"""Processes that tests start, stop and kill.
+
+They are forked from a server that has imported everything and done nothing else, so that each starts in a
+fraction of a second whatever the tests did before.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import sklearn.datasets  # noqa: F401  # imported in the server, once for all
+import sklearn.model_selection  # noqa: F401
+import torch
+from torch import nn
+
+from datasets.datasetsHelper import Images
+from datasets.tasks import TASKS
+from train import get_parser, main
+from training.loop import LoopConfig, Recorder, fit
+from training.processes import join_processes, leave_processes
+from training.stages import STAGES
+from utils import run_command, save_checkpoint
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.children"])
+
+
+def start(function: Callable, *args: object, output: Path) -> multiprocessing.Process:
+    """Run `function(*args)` in a new process whose output goes to a file and whose exit status is what it returns."""
+    process = CONTEXT.Process(target=_run, args=(function, args, output))
+    process.start()
+    return process
+
+
+def _run(function: Callable, args: tuple, output: Path) -> None:
+    with open(output, "ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    sys.exit(function(*args))
+
+
+def start_two(function: Callable, *args: object, output: Path) -> list[multiprocessing.Process]:
+    """Two processes as torchrun would start them: `function(*args)` in each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    return [
+        start(_as_rank, str(rank), port, function, args, output=output.with_name(f"{output.name}.{rank}"))
+        for rank in range(2)
+    ]
+
+
+def _as_rank(rank: str, port: str, function: Callable, args: tuple) -> object:
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return function(*args)
+
+
+# --- what they run ------------------------------------------------------------------------------
+
+
+def build_tiny(task: object = None) -> nn.Module:
+    """A network for digits that trains in milliseconds, with batch norm and dropout as the real ones have."""
+    layers = nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(36, 11))
+
+
+def train_tiny(argv: list[str]) -> int:
+    """`python -m train` with the tiny network as classifier."""
+    STAGES["train_classifier"] = replace(STAGES["train_classifier"], build=build_tiny)
+    return run_command(main, get_parser(), argv)
+
+
+def fit_linear(count: int, epochs: int, file: Path) -> None:
+    """Fit two linear layers, without batch norm or dropout, by plain SGD; the main process saves weights and losses."""
+    processes = join_processes("cpu")
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (count, 1, 4, 4), generator=draw, dtype=torch.uint8)
+    data = Images(images, torch.randint(3, (count,), generator=draw))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3))
+    objective = STAGES["train_classifier"].objective(TASKS["same_dataset_digits"])
+    config = LoopConfig(epochs=epochs, batch_size=8, learning_rate=0.5, seed=3, precision="fp32")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    history = fit(model, optimizer, data, objective, config, processes, Recorder(name="linear"))
+    if processes.is_main:
+        torch.save({"model": model.state_dict(), "losses": [line["loss"] for line in history]}, file)
+    leave_processes()
+
+
+def save_with_little_room(path: Path, room: int) -> int:
+    """Write a checkpoint of 4 MB where no file may grow beyond `room` bytes, as on a full disk."""
+
+    def save(args: object) -> None:
+        save_checkpoint(path, {"weights": torch.zeros(1_000_000)})
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+    return run_command(save, get_parser(), [])

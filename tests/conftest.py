@@ -1,0 +1,29 @@
+"""Shared by all tests. One thread, so that figures are bit-equal from run to run and processes may be forked."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the processes that tests start
+
+import pytest
+import torch
+
+from models.main_model import MainModel
+from models.vae import ConditionalVAE
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def digits_classifier() -> MainModel:
+    """The classifier of the digits task, untrained, in eval mode."""
+    torch.manual_seed(0)
+    return MainModel(image_size=8, image_channels=1, classes=11, dataset="mnist").eval()
+
+
+@pytest.fixture
+def digits_cvae() -> ConditionalVAE:
+    """The CVAE of the digits task, untrained, in eval mode."""
+    torch.manual_seed(1)
+    return ConditionalVAE(image_size=8).eval()

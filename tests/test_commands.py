@@ -1,0 +1,437 @@
+"""The commands from end to end: on tiny files in the true formats, and every way in which they may fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval
+import train
+from datasets import obtain
+from datasets.archives import FetchError
+from datasets.sources import SOURCES
+from datasets.tasks import TASKS
+from evaluation import summarise
+from figure import samples
+from tests import tiny_data
+from utils import load_checkpoint, run_command, save_checkpoint
+
+ROOT = Path(__file__).parents[1]
+CLASSIFIER, CVAE = (f"ckpt/same_dataset_digits_partition1_{network}.pkl" for network in ("classifier", "cvae"))
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    """A folder with every data set in small."""
+    root = tmp_path_factory.mktemp("images")
+    for name in ("MNIST", "FashionMNIST", "KMNIST"):
+        tiny_data.write_mnist(root, 2, name)
+    tiny_data.write_cifar10(root, 10)
+    tiny_data.write_cifar100(root, 8)
+    tiny_data.write_svhn(root, 9)
+    for folder in ("LSUN_resize", "LSUN_fix", "Imagenet_resize", "Imagenet_fix"):
+        tiny_data.write_folder(root, folder, 7)
+    return root
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty working directory, removed at once: checkpoints are large."""
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    monkeypatch.chdir(ROOT)
+    shutil.rmtree(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder with `ckpt/`: both networks of the digits task after an epoch, with a validation fraction."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for command in ("train_classifier", "train_cvae"):
+            options = ["--command", command, "--epochs", "1", "--val-fraction", "0.1", "--device", "cpu"]
+            assert run_command(train.main, train.get_parser(), options) == 0
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def digits(trained, workplace):
+    """A working directory with the checkpoints of `trained`, which may be changed."""
+    shutil.copytree(trained / "ckpt", "ckpt")
+    return workplace
+
+
+def run(command, *argv: object) -> int:
+    return run_command(command.main, command.get_parser(), [str(word) for word in argv])
+
+
+def error_of(capsys, command, *argv: object) -> str:
+    """The line with which a command that must fail ends; by argparse its usage precedes it."""
+    by_argparse = False
+    try:
+        status = run(command, *argv)
+    except SystemExit as exit:
+        status, by_argparse = exit.code, True
+    error = capsys.readouterr().err
+    assert status == 2
+    line = error.splitlines()[-1]
+    assert line.startswith(f"{command.get_parser().prog}: error: ")
+    assert by_argparse or error == line + "\n"
+    return line
+
+
+# --- end to end ---------------------------------------------------------------------------------
+
+
+def parse_table(text: str) -> dict[tuple[str, ...], tuple[str, ...]]:
+    """Printed lines of cells: the cells of text -> the cells of figures."""
+    lines = {}
+    for line in text.splitlines():
+        cells = re.split(r"\s{2,}", line.strip())
+        figures = tuple(cell for cell in cells if re.fullmatch(r"-|[\d.]+( ± [\d.]+)?", cell))
+        if len(cells) > 2 and figures:
+            lines[tuple(cells[: len(cells) - len(figures)])] = figures
+    return lines
+
+
+def expected_table(rows: list[dict], keys: list[str], figures: list[str]) -> dict[tuple[str, ...], tuple[str, ...]]:
+    """What the table must hold, from the rows of the JSON file."""
+    table = {}
+    for key in {tuple(row[k] for k in keys) for row in rows}:
+        members = [row for row in rows if tuple(row[k] for k in keys) == key]
+        cells = []
+        for figure in figures:
+            values = [100 * row[figure] for row in members if figure in row]
+            spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+            cells.append(f"{mean(values):.2f}{spread}" if values else "-")
+        table[key] = tuple(cells)
+    return table
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_from_images_to_figures(task, images, workplace, capsys):
+    partition = list(TASKS[task].partitions)[-1]
+    common = ["--task", task, "--partition", partition, "--data-dir", images, "--epochs", 1, "--device", "cpu"]
+    assert run(train, *common, "--command", "train_classifier", "--batch-size", 64) == 0
+    assert re.search(r"IND test images: accuracy [01]\.\d{4}\n", capsys.readouterr().out)
+    assert run(train, *common, "--command", "train_cvae", "--batch-size", 64) == 0
+    assert re.search(r"IND test images: mse 0\.\d{4}, kl_nats \d+\.\d{4}\n", capsys.readouterr().out)
+    classifier = load_checkpoint(Path(f"ckpt/{task}_{partition}_classifier.pkl"))
+    assert classifier["classifier.fc2.bias"].shape == (TASKS[task].logits,)
+    assert not any(path.suffix == ".resume" for path in Path("ckpt").iterdir())
+
+    assert run(eval, *common, "--seeds", 1, 2) == 0
+    printed = parse_table(capsys.readouterr().out)
+    (file,) = Path("results").iterdir()
+    assert file.name == f"{task}_{partition}_CMG-energy+CMG-softmax_seed1-2.json"
+    results = json.loads(file.read_text())
+    detection = expected_table(
+        results["detection"], ["ood_dataset", "method", "at"], ["auroc", "fpr95", "aupr_out", "aupr_in"]
+    )
+    # Two baselines, two modes after the last step and at their best, for each OOD set.
+    assert len(detection) == 6 * len(TASKS[task].ood_datasets)
+    assert {key[0] for key in detection} == set(TASKS[task].ood_datasets)
+    assert printed == detection | expected_table(results["ind"], ["method", "at"], ["accuracy", "ece"])
+    check_results(results, task, partition)
+
+
+def check_results(results: dict, task: str, partition: str) -> None:
+    """What a results file must hold to be judged and repeated."""
+    assert (results["task"], results["partition"], results["positive_class"]) == (task, partition, "OOD")
+    assert results["command"].startswith(f"python -m eval --task {task} --partition {partition} ")
+    assert results["seeds"] == [1, 2]
+    assert results["config"] | {"epochs": 1, "batch_size": 128, "learning_rate": 1e-4, "mu": 0.1} == results["config"]
+    assert results["config"]["sigma"] == TASKS[task].sigma and results["config"]["num_ind"] in (6, 10)
+    assert results["environment"]["torch"] == torch.__version__ and results["environment"]["device"] == "cpu"
+    for command, checkpoint in results["checkpoints"].items():
+        assert checkpoint["origin"]["command"] == command and checkpoint["origin"]["seed"] == 123
+    assert [(run["mode"], run["seed"]) for run in results["runs"]] == [
+        (mode, seed) for mode in ("CMG-energy", "CMG-softmax") for seed in (1, 2)
+    ]
+    steps = -(-results["images"]["IND training"] // 128)
+    for run_ in results["runs"]:
+        assert [check["step"] for check in run_["curve"]] == [0, steps]
+        for name in TASKS[task].ood_datasets:
+            rows = [r for r in results["detection"] if (r["method"], r["seed"]) == (run_["mode"], run_["seed"])]
+            figures = {r["at"]: r["auroc"] for r in rows if r["ood_dataset"] == name}
+            curve = [check["auroc"][name] for check in run_["curve"]]
+            assert figures == {"last": curve[-1], "max": max(curve)}
+
+
+def test_validation_images_give_a_validated_row(digits, capsys):
+    options = ["--mode", "CMG-energy", "--epochs", 2, "--seeds", 3, 3, "--output", "out/file.json", "--check-every", 2]
+    assert run(eval, *options, "--precision", "fp32") == 0
+    assert "650 IND training, 72 IND validation, 361 IND test, 238 held-out-classes" in capsys.readouterr().out
+    results = json.loads(Path("out/file.json").read_text())
+    assert [row["at"] for row in results["detection"] if row["method"] == "CMG-energy"] == ["last", "validated", "max"]
+    (tuned,) = results["runs"]
+    assert [check["step"] for check in tuned["curve"]] == [0, 2, 4, 6, 8, 10, 12]
+    figures = [check["validation_auroc"] for check in tuned["curve"]]
+    assert tuned["validated_step"] == 2 * figures.index(max(figures))
+    assert not Path("results").exists()
+
+
+def test_options_of_the_method_reach_the_run(digits):
+    options = {"--lr": 0.002, "--sigma": 1.5, "--batch-size": 100, "--anchor": 0.25, "--pseudo-pool": 40}
+    argv = [word for option in options.items() for word in option]
+    assert run(eval, *argv, "--margins", 0.1, 0.7, "--tune", "last-layer", "--epochs", 1, "--output", "a.json") == 0
+    config = json.loads(Path("a.json").read_text())["config"]
+    assert config["tune"] == "last-layer" and (config["ind_quantile"], config["pseudo_quantile"]) == (0.1, 0.7)
+    names = ("learning_rate", "sigma", "batch_size", "anchor", "pseudo_pool")
+    assert [config[name] for name in names] == list(options.values())
+
+
+def test_the_same_command_gives_the_same_figures(digits):
+    for file, seed in (("a", 7), ("b", 7), ("c", 8)):
+        assert run(eval, "--device", "cpu", "--epochs", 1, "--seed", seed, "--output", file) == 0
+    a, b, c = (json.loads(Path(file).read_text()) for file in "abc")
+    assert a["detection"] == b["detection"] and a["runs"] == b["runs"]
+    assert a["runs"][0]["margins"] != c["runs"][0]["margins"]
+
+
+def test_a_checkpoint_is_a_plain_state_dict(digits):
+    """As the first public code reads and writes it: torch alone loads it, and our record of origin may be missing."""
+    state = torch.load(CLASSIFIER, weights_only=True)
+    assert isinstance(state, OrderedDict) and all(isinstance(value, torch.Tensor) for value in state.values())
+    torch.save(dict(state), CLASSIFIER)
+    torch.save(dict(torch.load(CVAE, weights_only=True)), CVAE)
+    assert run(eval, "--epochs", 1, "--mode", "CMG-softmax") == 0
+
+
+def test_pictures_show_what_the_networks_make(digits, capsys):
+    assert run(samples, "--output", "pictures", "--precision", "fp32") == 0
+    assert sorted(path.name for path in Path("pictures").iterdir()) == [
+        "ind.png",
+        "pseudo_ood.png",
+        "reconstructions.png",
+    ]
+    picture = np.asarray(Image.open("pictures/ind.png"))
+    assert picture.shape == (8 * 58 + 2, 8 * 58 + 2, 3)  # 8 pixels enlarged 7 times, and 2 between the images
+    assert (picture[:2] == 255).all() and picture[2:58:7, 2:58:7].shape == (8, 8, 3)
+
+
+def write_result(file: str, task: str = "same_dataset_mnist", auroc: float = 0.9, accuracy: float = 0.5) -> str:
+    detection = {"method": "CMG-energy", "ood_dataset": "held-out-classes", "seed": 1, "at": "last", "auroc": auroc}
+    ind = {"method": "CMG-energy", "seed": 1, "at": "last", "accuracy": accuracy, "ece": 0.125}
+    Path(file).write_text(json.dumps({"task": task, "detection": [detection], "ind": [ind]}))
+    return file
+
+
+def test_the_mean_over_results(workplace, capsys):
+    files = [write_result(f"p{i}.json", auroc=auroc) for i, auroc in enumerate((0.9, 0.92, 0.97))]
+    assert run(summarise, *files) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("Mean ± standard deviation over 3 results of same_dataset_mnist\n")
+    assert parse_table(printed) == {
+        ("held-out-classes", "CMG-energy", "last"): ("93.00 ± 3.61", "-", "-", "-"),
+        ("CMG-energy", "last"): ("50.00 ± 0.00", "12.50 ± 0.00"),
+    }
+
+
+def test_results_without_a_mean_are_refused(workplace, capsys):
+    one, other = write_result("one.json"), write_result("other.json", task="different_dataset")
+    line = error_of(capsys, summarise, one, other)
+    assert "different tasks (different_dataset, same_dataset_mnist) have no mean" in line
+    Path("text.json").write_text("no JSON")
+    assert "text.json: is no result; expected a JSON file that" in error_of(capsys, summarise, one, "text.json")
+    assert "none.json: No such file or directory; expected" in error_of(capsys, summarise, one, "none.json")
+
+
+def test_defaults_are_the_embedded_task_and_the_paper(workplace):
+    train_args, eval_args = train.get_parser().parse_args([]), eval.get_parser().parse_args([])
+    for args in (train_args, eval_args):
+        assert (args.task, args.partition, args.device) == ("same_dataset_digits", None, None)
+        assert (args.data_dir, args.precision) == (Path("datasets"), "auto")
+    assert (train_args.command, train_args.seed, train_args.lr) == ("train_classifier", 123, 1e-3)
+    assert (train_args.val_fraction, train_args.save_every, train_args.restart) == (0.0, 1, False)
+    assert (eval_args.mode, eval_args.ood_dataset, eval_args.seeds) == (["all"], ["all"], [123])
+    assert (eval_args.batch_size, eval_args.lr, eval_args.margins) == (128, 1e-4, [0.2, 0.8])
+    assert (eval_args.anchor, eval_args.pseudo_pool, eval_args.tune) == (0.0, 0, "head")
+
+
+@pytest.mark.parametrize("module", ["train", "eval", "figure.samples", "evaluation.summarise"])
+def test_help_and_bad_arguments_do_not_import_torch(module):
+    for option, status in (("--help", 0), ("--task=nonsense", 2)):
+        command = [sys.executable, "-X", "importtime", "-m", module, option]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        imported = {
+            line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time")
+        }
+        assert done.returncode == status and "argparse" in imported
+        assert not imported & {"torch", "numpy", "sklearn", "scipy", "torchvision"}
+
+
+def test_a_failing_process_under_torchrun_ends_all_with_its_message(workplace):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "train"]
+    options = ["--device", "cpu", "--epochs", "1", "--lr", "1e30", "--precision", "fp32"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*launcher, *options], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode != 0 and "train: error: the loss is " in done.stderr
+    assert done.stdout.count("722 images, 1 epochs on cpu") == 1 and not any(Path("ckpt").iterdir())
+
+
+# --- errors: checkpoints ------------------------------------------------------------------------
+
+
+def test_missing_checkpoints_name_the_commands_that_make_them(workplace, capsys):
+    line = error_of(capsys, eval)
+    for file, command in ((CLASSIFIER, "train_classifier"), (CVAE, "train_cvae")):
+        assert f"{file}: no such file" in line
+        expected = f"python -m train --task same_dataset_digits --partition partition1 --command {command}"
+        assert f"{expected} --params-dict-name {file}" in line
+
+
+def test_one_missing_checkpoint_is_named_alone(digits, capsys):
+    Path(CVAE).unlink()
+    line = error_of(capsys, eval)
+    assert f"{CVAE}: no such file" in line and CLASSIFIER not in line and "train_classifier" not in line
+
+
+@pytest.mark.parametrize("with_origin", [True, False])
+def test_a_cvae_given_as_classifier_is_refused(digits, capsys, with_origin):
+    if not with_origin:
+        torch.save(dict(load_checkpoint(Path(CVAE))), CVAE)
+    line = error_of(capsys, eval, "--params-dict-name", CVAE)
+    reason = "was made for command train_cvae, expected train_classifier" if with_origin else "is not the classifier of"
+    assert f"{CVAE}: {reason}" in line and "--command train_classifier" in line
+
+
+@pytest.mark.parametrize(("key", "value"), [("task", "same_dataset_mnist"), ("partition", "partition3")])
+def test_a_checkpoint_of_another_task_or_partition_is_refused(digits, capsys, key, value):
+    state = load_checkpoint(Path(CLASSIFIER))
+    state.origin[key] = value
+    save_checkpoint(Path(CLASSIFIER), state)
+    line = error_of(capsys, eval)
+    assert f"{CLASSIFIER}: was made for {key} {value}, expected" in line and "python -m train" in line
+
+
+def test_the_wrong_number_of_classes_is_refused(digits, capsys):
+    state = dict(load_checkpoint(Path(CLASSIFIER)))
+    state["classifier.fc2.weight"], state["classifier.fc2.bias"] = torch.zeros(110, 512), torch.zeros(110)
+    torch.save(state, CLASSIFIER)
+    line = error_of(capsys, eval)
+    assert f"{CLASSIFIER}: classifier.fc2.weight is [110, 512], expected [11, 512]" in line
+
+
+def test_a_value_that_is_no_tensor_is_refused(digits, capsys):
+    torch.save(dict(load_checkpoint(Path(CVAE))) | {"fcE.bias": 3}, CVAE)
+    assert f"{CVAE}: fcE.bias is [], expected [1024]" in error_of(capsys, eval)
+
+
+def test_a_damaged_checkpoint_is_refused(digits, capsys):
+    content = Path(CVAE).read_bytes()
+    Path(CVAE).write_bytes(content[: len(content) // 2])
+    assert f"{CVAE}: is no checkpoint or is damaged" in error_of(capsys, eval)
+
+
+def test_a_malicious_checkpoint_does_not_run(digits, capsys):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, ("ran",)
+
+    state = load_checkpoint(Path(CLASSIFIER))
+    state["classifier.fc2.bias"] = Payload()
+    torch.save(state, CLASSIFIER)
+    assert f"{CLASSIFIER}: holds objects that could run code" in error_of(capsys, eval)
+    assert not Path("ran").exists()
+
+
+def test_networks_that_kept_different_images_from_training_are_refused(digits, capsys):
+    state = load_checkpoint(Path(CVAE))
+    state.origin["val_fraction"] = 0.0
+    save_checkpoint(Path(CVAE), state)
+    line = error_of(capsys, eval)
+    assert "classifier was trained with --val-fraction 0.1 and the CVAE with 0.0: train both with the same" in line
+
+
+# --- errors: data -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [("same_dataset_mnist", "mnist"), ("same_dataset_cifar10", "cifar10"), ("different_dataset", "cifar10")],
+)
+def test_missing_images_without_network_are_named(workplace, capsys, monkeypatch, task, name):
+    def fetch(address, *args):
+        raise FetchError(f"{address}: no route to host")
+
+    monkeypatch.setattr(obtain, "fetch", fetch)
+    line = error_of(capsys, train, "--task", task, "--data-dir", "nowhere")
+    assert f"{name} cannot be downloaded ({SOURCES[name].downloads[0].addresses[0]}: no route to host" in line
+    assert f"python -m datasets.download {name} --data-dir nowhere --from" in line
+    assert "same_dataset_digits needs no download" in line and not Path("ckpt").exists()
+
+
+@pytest.mark.parametrize("file", ["t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
+def test_a_file_of_images_cut_short_is_named(workplace, capsys, file):
+    tiny_data.write_mnist(workplace, 1)
+    path = workplace / "MNIST" / "raw" / file
+    path.write_bytes(path.read_bytes()[:-1])
+    line = error_of(capsys, train, "--task", "same_dataset_mnist", "--data-dir", workplace)
+    assert f"{path}: is no complete IDX file" in line
+
+
+def test_images_of_another_size_are_refused(workplace, capsys):
+    tiny_data.write_mnist(workplace, 1)
+    for prefix in ("train", "t10k"):
+        tiny_data.write_idx(workplace / f"MNIST/raw/{prefix}-images-idx3-ubyte", np.zeros((10, 27, 28), np.uint8))
+    line = error_of(capsys, train, "--task", "same_dataset_mnist", "--data-dir", workplace)
+    assert "images are [1, 27, 28], expected [1, 28, 28]" in line
+
+
+# --- errors: arguments --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "argv", "message"),
+    [
+        (train, ["--epochs", "0"], "argument --epochs: 0 is out of range: expected above 0"),
+        (train, ["--epochs", "1.5"], "argument --epochs: '1.5' is not a whole number"),
+        (train, ["--batch-size", "-3"], "argument --batch-size: -3 is out of range"),
+        (train, ["--lr", "nan"], "argument --lr: nan is out of range"),
+        (train, ["--lr", "inf"], "argument --lr: inf is out of range"),
+        (train, ["--lr", "fast"], "argument --lr: 'fast' is not a number"),
+        (train, ["--seed", "-1"], "argument --seed: -1 is out of range: expected at least 0"),
+        (train, ["--val-fraction", "1"], "argument --val-fraction: 1 is out of range: expected at least 0 and below 1"),
+        (train, ["--save-every", "0"], "argument --save-every: 0 is out of range"),
+        (train, ["--command", "train_all"], "argument --command: invalid choice: 'train_all'"),
+        (train, ["--task", "mnist"], "argument --task: invalid choice: 'mnist'"),
+        (train, ["--partition", "partition9"], "argument --partition: invalid choice: 'partition9'"),
+        (train, ["--device", "tpu9"], "--device tpu9: not a device; expected cpu, cuda or cuda:N"),
+        (train, ["--device", "cuda:99"], "--device cuda:99: not there; this machine has"),
+        (train, ["--device", "meta"], "--device meta: only cpu and cuda are supported"),
+        (eval, ["--device", "cuda:99"], "--device cuda:99: not there; this machine has"),
+        (train, ["--task", "different_dataset", "--partition", "partition1"], "partition1: different_dataset has all"),
+        (eval, ["--task", "same_dataset_digits", "--partition", "all"], "all: same_dataset_digits has partition1, "),
+        (eval, ["--ood-dataset", "SVHN"], "--ood-dataset SVHN: same_dataset_digits has held-out-classes"),
+        (eval, ["--ood-dataset", "Places"], "--ood-dataset Places: same_dataset_digits has held-out-classes"),
+        (eval, ["--mode", "CMG"], "argument --mode: invalid choice: 'CMG'"),
+        (eval, ["--sigma", "0"], "argument --sigma: 0 is out of range"),
+        (eval, ["--margins", "0.2", "1.0"], "argument --margins: 1.0 is out of range"),
+        (eval, ["--margins", "0.2"], "argument --margins: expected 2 arguments"),
+        (eval, ["--anchor", "-1"], "argument --anchor: -1 is out of range"),
+        (eval, ["--pseudo-pool", "-1"], "argument --pseudo-pool: -1 is out of range"),
+        (eval, ["--seeds", "x"], "argument --seeds/--seed: 'x' is not a whole number"),
+        (eval, ["--output", "."], "cannot write .: it is a folder; name a file"),
+        (train, ["--params-dict-name", "."], "cannot write .: it is a folder; name a file"),
+        (train, ["--log", "."], "cannot write .: it is a folder; name a file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_an_argument_that_cannot_be_is_named(workplace, capsys, command, argv, message):
+    assert message in error_of(capsys, command, *argv)
+    assert not any(path.is_file() for path in workplace.rglob("*"))

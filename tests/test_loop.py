@@ -1,0 +1,394 @@
+"""The training loop: order, seeds, resume, interruption, failure, several processes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import train
+from datasets.datasetsHelper import Images
+from tests import children
+from training.loop import LoopConfig, Recorder, RunState, fit
+from training.processes import Processes
+from training.stages import STAGES
+from utils import derive_seed, generator, load_checkpoint, run_command
+
+CPU = Processes(torch.device("cpu"))
+STEPS = 12  # of an epoch of digits: 722 images in batches of 64
+CONFIG = LoopConfig(epochs=3, batch_size=4, learning_rate=0.01, seed=5, precision="fp32")
+
+
+def numbered(count: int) -> Images:
+    """Images that hold nothing, labelled 0, 1, …"""
+    return Images(torch.zeros(count, 1, 8, 8, dtype=torch.uint8), torch.arange(count))
+
+
+@dataclass
+class Recording:
+    """An objective that notes the labels of every batch and minimises a weight's square.
+
+    At a step in `at` it calls the function there, and a loss that this returns takes the place of its own.
+    """
+
+    draws: int = 0
+    at: dict = field(default_factory=dict)
+    batches: list[list[int]] = field(default_factory=list)
+
+    def draw(self, count, generator):
+        return (torch.randn(count, self.draws, generator=generator),)
+
+    def __call__(self, model, images, labels, *draws):
+        self.batches.append(labels.tolist())
+        loss = model.weight.square().sum() * 0 + labels.double().mean()
+        event = self.at.get(len(self.batches), lambda: None)()
+        return {"loss": loss if event is None else loss * event}
+
+
+def fit_recording(objective: Recording, config: LoopConfig = CONFIG, count: int = 10, **recorder) -> list[dict]:
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=config.learning_rate)
+    return fit(model, optimizer, numbered(count), objective, config, CPU, Recorder(name="test", **recorder))
+
+
+# --- order and seeds ----------------------------------------------------------------------------
+
+
+def test_an_epoch_is_one_permutation_with_its_last_partial_batch():
+    objective = Recording()
+    fit_recording(objective)
+    assert [len(batch) for batch in objective.batches] == [4, 4, 2] * 3
+    epochs = [sum(objective.batches[3 * e : 3 * e + 3], []) for e in range(3)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 3
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert epochs[2] == torch.randperm(10, generator=generator(5, "order", 2)).tolist()
+
+
+def test_more_draws_or_another_use_of_torch_do_not_shift_the_order():
+    few, many = Recording(draws=0), Recording(draws=100, at={2: lambda: torch.rand(9).sum() * 0 + 1})
+    fit_recording(few)
+    fit_recording(many)
+    assert few.batches == many.batches
+
+
+def test_streams_have_seeds_of_their_own():
+    names = [("order", 0), ("order", 1), ("draws", 0), ("initialisation",), ("order", 10), ("order", "1/0")]
+    seeds = [derive_seed(seed, *name) for seed in (1, 2, 11) for name in names]
+    assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_loss_of_an_epoch_is_the_mean_over_its_images():
+    history = fit_recording(Recording())
+    assert [line["loss"] for line in history] == [4.5] * 3  # batches of 4, 4 and 2 count by their images
+
+
+# --- the command with a tiny network ------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """A function that runs `train` on digits with the tiny network.
+
+    `stop` maps steps, counted from 0, to a signal that arrives there or a factor on the loss.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv: str, epochs: int = 4, stop: dict | None = None, file: str = "net.pkl") -> int:
+        stage = STAGES["train_classifier"]
+        steps = 0
+
+        def objective(task):
+            inner = stage.objective(task)
+
+            class Interrupted:
+                draw = inner.draw
+
+                def __call__(self, *args):
+                    nonlocal steps
+                    means, event = inner(*args), (stop or {}).get(steps)
+                    steps += 1
+                    if isinstance(event, signal.Signals):
+                        os.kill(os.getpid(), event)
+                    return means if not isinstance(event, float) else means | {"loss": means["loss"] * event}
+
+            return Interrupted()
+
+        monkeypatch.setitem(STAGES, "train_classifier", replace(stage, build=children.build_tiny, objective=objective))
+        options = ["--device", "cpu", "--precision", "fp32", "--epochs", str(epochs), "--params-dict-name", file]
+        try:
+            return run_command(train.main, train.get_parser(), [*options, *argv])
+        finally:
+            monkeypatch.setitem(STAGES, "train_classifier", stage)
+
+    return run
+
+
+def assert_same_network(path: str | Path, other: str | Path) -> None:
+    ours, theirs = load_checkpoint(Path(path)), load_checkpoint(Path(other))
+    assert ours.origin == theirs.origin and list(ours) == list(theirs)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_the_same_seed_gives_the_same_network_and_another_seed_another(tiny):
+    for file, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert tiny("--seed", seed, file=file, epochs=2) == 0
+    assert_same_network("a", "b")
+    a, c = load_checkpoint(Path("a")), load_checkpoint(Path("c"))
+    assert not any(torch.equal(a[name], c[name]) for name in a if "num_batches" not in name)
+
+
+@pytest.mark.parametrize(
+    ("signum", "step"),
+    [(signal.SIGTERM, 0), (signal.SIGINT, 5), (signal.SIGUSR1, STEPS - 1), (signal.SIGTERM, 2 * STEPS + 3)],
+)
+def test_a_run_stopped_by_a_signal_resumes_to_the_same_network(tiny, capsys, signum, step):
+    tiny("--log", "whole.jsonl", file="whole")
+    assert tiny("--log", "parts.jsonl", file="parts", stop={step: signum}) == 128 + signum
+    assert not Path("parts").exists() and Path("parts.resume").exists()
+    expected = (
+        f"stopped in epoch {(step + 1) // STEPS + 1}, the state is saved in parts.resume: the same command goes on"
+    )
+    assert expected in capsys.readouterr().err
+    assert tiny("--log", "parts.jsonl", file="parts") == 0
+    assert "resuming at epoch" in capsys.readouterr().out
+    assert_same_network("parts", "whole")
+    assert not Path("parts.resume").exists()
+    lines = [
+        [json.loads(line) for line in Path(log).read_text().splitlines()] for log in ("whole.jsonl", "parts.jsonl")
+    ]
+    timing = {"images_per_second": 0, "time": 0}
+    assert [line | timing for line in lines[0]] == [line | timing for line in lines[1]]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "difference"),
+    [
+        ("--lr", "0.01", "learning_rate was 0.001, is 0.01"),
+        ("--batch-size", "32", "batch_size was 64, is 32"),
+        ("--seed", "124", "seed was 123, is 124"),
+        ("--precision", "bf16", "precision was fp32, is bf16"),
+        ("--partition", "partition2", "partition was partition1, is partition2"),
+        ("--val-fraction", "0.1", "val_fraction was 0.0, is 0.1"),
+    ],
+)
+def test_a_resume_with_another_configuration_is_refused(tiny, capsys, option, value, difference):
+    tiny(stop={STEPS + 2: signal.SIGTERM})
+    before = Path("net.pkl.resume").read_bytes()
+    capsys.readouterr()
+    assert tiny(option, value) == 2
+    error = capsys.readouterr().err
+    assert difference in error and "--restart" in error and error.count("\n") == 1
+    assert Path("net.pkl.resume").read_bytes() == before
+
+
+def test_a_stopped_run_may_be_given_more_epochs(tiny):
+    tiny(stop={STEPS: signal.SIGTERM}, epochs=2, file="parts")
+    assert tiny(epochs=4, file="parts") == 0
+    tiny(epochs=4, file="whole")
+    assert_same_network("parts", "whole")
+
+
+def test_a_stopped_run_refuses_fewer_epochs_than_it_has_behind_it(tiny, capsys):
+    tiny(stop={2 * STEPS + 1: signal.SIGTERM})  # in its third epoch
+    assert tiny(epochs=2) == 2
+    assert "Ask for 3 epochs or more" in capsys.readouterr().err and not Path("net.pkl").exists()
+    assert tiny(epochs=3) == 0
+
+
+def test_a_complete_run_is_not_repeated_and_another_is_not_overwritten(tiny, capsys):
+    tiny(epochs=1)
+    before = Path("net.pkl").read_bytes()
+    assert tiny(epochs=1, stop={0: math.nan}) == 0  # not a single step
+    assert "net.pkl is complete already; --restart" in capsys.readouterr().out
+    assert tiny(epochs=2) == 2
+    assert "epochs was 1, is 2" in capsys.readouterr().err
+    assert Path("net.pkl").read_bytes() == before
+
+
+def test_restart_forgets_what_an_earlier_run_left(tiny):
+    tiny("--seed", "9", epochs=2)
+    shutil.copy("net.pkl", "old")
+    assert tiny() == 2  # net.pkl is of another run
+    assert tiny("--seed", "8", "--restart", stop={STEPS: signal.SIGTERM}) == 143
+    assert_same_network("net.pkl", "old")  # until the new one is complete
+    assert tiny() == 2  # the state is of another run
+    assert tiny("--restart") == 0
+    tiny(file="whole")
+    assert_same_network("net.pkl", "whole")
+
+
+@pytest.mark.parametrize(("save_every", "kept"), [("1", 4), ("3", 3), ("10", None)])
+def test_states_are_kept_every_so_many_epochs(tiny, save_every, kept):
+    tiny("--save-every", save_every, epochs=6, stop={4 * STEPS + 2: math.nan})
+    path = Path("net.pkl.resume")
+    assert (load_checkpoint(path)["step"] if path.exists() else None) == (kept and kept * STEPS)
+
+
+# --- failure ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("value", "word"), [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf")])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tiny, capsys, value, word):
+    assert tiny(stop={STEPS + 3: value}) == 2
+    error = capsys.readouterr().err
+    assert f"the loss is {word} at step {STEPS + 4} (epoch 2): lower --lr, or use --precision fp32." in error
+    assert "net.pkl.resume" in error and not Path("net.pkl").exists()
+    assert tiny() == 0  # the state goes on where it was good
+    tiny(file="whole")
+    assert_same_network("net.pkl", "whole")
+
+
+def test_a_bad_state_is_not_saved_when_a_signal_comes(tiny):
+    assert tiny(stop={STEPS + 3: math.nan, STEPS + 4: signal.SIGTERM}) == 2
+    assert load_checkpoint(Path("net.pkl.resume"))["step"] == STEPS
+
+
+def test_progress_of_one_of_several_processes_waits_for_no_other():
+    """Only the main process shows the loss: it must not begin a reduction that the others do not join."""
+    model = nn.Linear(1, 1)
+    several = Processes(torch.device("cpu"), rank=0, world=2)
+    state = RunState(model, torch.optim.SGD(model.parameters()), CONFIG, Recorder(name="test"), several, 3)
+    state.add({"loss": torch.tensor(math.nan)}, 4)
+    assert math.isnan(state.latest_loss())
+
+
+def test_what_a_run_killed_while_writing_left_is_removed(tiny):
+    for name in (".net.pkl.a1", ".net.pkl.resume.b2", ".other.pkl.c3"):
+        Path(name).write_text("half a file")
+    assert tiny(epochs=1) == 0
+    assert sorted(path.name for path in Path().iterdir()) == [".other.pkl.c3", "net.pkl"]
+
+
+@pytest.mark.parametrize("option", ["--params-dict-name", "--log"])
+def test_a_path_that_cannot_be_written_is_found_before_training(tiny, capsys, option):
+    Path("file").write_text("")
+    assert tiny(option, "file/below.pkl", stop={0: signal.SIGTERM}) == 2
+    assert "cannot write file/below.pkl" in capsys.readouterr().err
+
+
+def test_a_folder_as_output_is_refused_before_training(tiny, capsys):
+    Path("folder").mkdir()
+    assert tiny(file="folder", stop={0: signal.SIGTERM}) == 2
+    assert "folder: it is a folder; name a file" in capsys.readouterr().err
+
+
+def test_a_disk_too_full_for_the_checkpoints_is_found_before_training(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert tiny(stop={0: signal.SIGTERM}) == 2
+    assert "net.pkl" in (error := capsys.readouterr().err) and "free" in error and error.count("\n") == 1
+
+
+def test_a_full_disk_for_the_log_ends_in_one_line(tiny, capsys):
+    assert tiny("--log", "/dev/full") == 2
+    error = capsys.readouterr().err
+    assert "/dev/full" in error and error.count("\n") == 1
+
+
+def test_tensorboard_that_is_not_installed_is_named(tiny, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert tiny("--tensorboard", "board") == 2
+    assert "pip install tensorboard" in capsys.readouterr().err
+
+
+def test_log_lines(tiny):
+    tiny("--log", "deep/er/log.jsonl", epochs=2)
+    lines = [json.loads(line) for line in Path("deep/er/log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    for line in lines:
+        assert set(line) == {"epoch", "loss", "accuracy", "learning_rate", "images_per_second", "time"}
+        assert line["learning_rate"] == 0.001 and line["images_per_second"] > 0 and 0 <= line["accuracy"] <= 1
+        assert time.strptime(line["time"], "%Y-%m-%dT%H:%M:%S%z")
+    assert lines[1]["loss"] < lines[0]["loss"] < 1.2 * math.log(11)
+
+
+# --- real processes -----------------------------------------------------------------------------
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+
+
+def finish(processes: list, seconds: float = 120) -> list[int]:
+    for process in processes:
+        process.join(seconds)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
+
+
+def options(file: Path, epochs: int) -> list[str]:
+    return ["--device", "cpu", "--precision", "fp32", "--epochs", str(epochs), "--params-dict-name", str(file)]
+
+
+def test_a_run_killed_at_random_moments_ends_in_the_same_network(tmp_path):
+    whole, again, parts, output = (tmp_path / name for name in ("whole", "again", "parts", "output"))
+    assert finish([children.start(children.train_tiny, options(whole, 40), output=output)]) == [0]
+    start = time.monotonic()
+    assert finish([children.start(children.train_tiny, options(again, 40), output=output)]) == [0]
+    duration = time.monotonic() - start
+    kills, completed, chance = 0, 0, random.Random(0)
+    while kills < 20 or not completed:
+        process = children.start(children.train_tiny, options(parts, 40), output=output)
+        process.join(chance.uniform(0, duration) if kills < 20 else 60)
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL), output.read_text()
+        if process.exitcode:
+            kills += 1
+        else:
+            assert_same_network(parts, whole)
+            parts.unlink()
+            completed += 1
+    assert output.read_text().count("resuming at epoch") >= 5  # most kills fell into the training
+
+
+def test_two_processes_stopped_by_sigterm_save_exit_143_and_resume(tmp_path):
+    whole, parts, output = tmp_path / "whole", tmp_path / "parts", tmp_path / "output"
+    assert finish(children.start_two(children.train_tiny, options(whole, 30), output=output)) == [0, 0]
+    processes = children.start_two(children.train_tiny, options(parts, 30), output=output)
+    wait_for(lambda: Path(f"{parts}.resume").exists())
+    for process in processes:
+        os.kill(process.pid, signal.SIGTERM)
+    assert finish(processes) == [143, 143]
+    assert load_checkpoint(Path(f"{parts}.resume"))["step"] < 30 * STEPS
+    assert finish(children.start_two(children.train_tiny, options(parts, 30), output=output)) == [0, 0]
+    assert_same_network(parts, whole)
+    main_output, other_output = (Path(f"{output}.{rank}").read_text() for rank in range(2))
+    assert "resuming at epoch" in main_output and main_output.count("wrote ") == 2
+    assert set(other_output.splitlines()) <= {line for line in other_output.splitlines() if "stopped in epoch" in line}
+
+
+@pytest.mark.parametrize("count", [8, 13, 17], ids=["one batch", "unequal shares", "one image in the last batch"])
+def test_two_processes_take_the_steps_of_one(tmp_path, count):
+    one, two, output = tmp_path / "one", tmp_path / "two", tmp_path / "output"
+    children.fit_linear(count, 3, one)
+    assert finish(children.start_two(children.fit_linear, count, 3, two, output=output)) == [0, 0]
+    expected, found = torch.load(one), torch.load(two)
+    torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-6, atol=1e-7)
+    for name, weights in expected["model"].items():
+        torch.testing.assert_close(found["model"][name], weights, rtol=1e-5, atol=1e-6)
+
+
+def test_a_full_disk_leaves_the_previous_file(tmp_path):
+    path, output = tmp_path / "net.pkl", tmp_path / "output"
+    path.write_bytes(b"the previous file")
+    assert finish([children.start(children.save_with_little_room, path, 100_000, output=output)]) == [2]
+    assert path.read_bytes() == b"the previous file"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["net.pkl", "output"]
+    assert f"cannot write {path}" in output.read_text() and "Traceback" not in output.read_text()

@@ -1,0 +1,217 @@
+"""The ground floor: numbers on the command line, exit statuses, safe files, progress."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import stat
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from utils import (
+    Progress,
+    Stopped,
+    UserError,
+    derive_seed,
+    generator,
+    load_checkpoint,
+    number,
+    pick_device,
+    pick_precision,
+    replacing,
+    run_command,
+    save_checkpoint,
+    write_json,
+)
+
+# --- arguments and exit statuses ----------------------------------------------------------------
+
+
+@given(st.floats(allow_nan=True, allow_infinity=True))
+def test_a_number_is_taken_within_its_bounds_only(value):
+    parse = number(float, above=-1.5, below=2.0, least=-1.0)
+    if -1.0 <= value < 2.0:
+        assert parse(repr(value)) == value
+    else:
+        with pytest.raises(
+            argparse.ArgumentTypeError, match="out of range: expected above -1.5 and at least -1 and below 2"
+        ):
+            parse(repr(value))
+
+
+@pytest.mark.parametrize(("kind", "text", "word"), [(int, "1.5", "whole number"), (float, "a", "number")])
+def test_what_is_no_number_is_named(kind, text, word):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not a {word}"):
+        number(kind)(text)
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "line"),
+    [
+        (None, 0, ""),
+        (UserError("no"), 2, "name: error: no\n"),
+        (Stopped("saved", 15), 143, "name: saved\n"),
+        (KeyboardInterrupt(), 130, "name: interrupted, nothing was written\n"),
+    ],
+)
+def test_a_foreseen_failure_is_one_line_and_a_status(capsys, failure, status, line):
+    def main(args):
+        assert args.argv == []
+        if failure:
+            raise failure
+
+    assert run_command(main, argparse.ArgumentParser("name"), []) == status
+    assert capsys.readouterr().err == line
+
+
+def test_an_unforeseen_failure_is_not_hidden():
+    def main(args):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_command(main, argparse.ArgumentParser("name"), [])
+
+
+# --- seeds, device, precision -------------------------------------------------------------------
+
+
+def test_a_stream_is_the_same_on_every_machine():
+    # The first eight bytes of sha256("123/order/0"), shifted to 63 bits: a published seed must keep its meaning.
+    assert derive_seed(123, "order", 0) == 0x049EB6AB7E0701B3 >> 1
+    assert generator(123, "order", 0).initial_seed() == derive_seed(123, "order", 0)
+
+
+@pytest.mark.parametrize("name", ["tpu9", "cuda:99", "meta", ""])
+def test_a_device_that_is_not_there_is_refused(name):
+    with pytest.raises(UserError, match=f"--device {name}: "):
+        pick_device(name)
+
+
+def test_precision_is_taken_as_asked_for():
+    cpu = torch.device("cpu")
+    assert [pick_precision(name, cpu) for name in ("fp32", "bf16")] == ["fp32", "bf16"]
+    assert pick_precision("auto", cpu) in ("fp32", "bf16")
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def test_a_file_is_replaced_as_a_whole_with_the_usual_rights(tmp_path):
+    path = tmp_path / "deep" / "er" / "file.json"
+    write_json(path, {"a": 1})
+    write_json(path, {"b": [2.5, None]})
+    assert json.loads(path.read_text()) == {"b": [2.5, None]}
+    assert list(path.parent.iterdir()) == [path]
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
+
+
+@pytest.mark.parametrize("failure", [ZeroDivisionError, KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path, failure):
+    path = tmp_path / "file"
+    path.write_text("old")
+    expected = UserError if isinstance(failure, OSError) else failure
+    with pytest.raises(expected), replacing(path) as temporary:
+        temporary.write_text("half of the n")
+        raise failure
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_as_torch_reports_it_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "net.pkl"
+    save_checkpoint(path, {"weights": torch.ones(3)})
+
+    def fail(content, file):
+        file.write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0\nframe #0")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(UserError, match="cannot write .*is the disk full") as failure:
+        save_checkpoint(path, {})
+    assert "\n" not in str(failure.value) and list(tmp_path.iterdir()) == [path]
+    assert torch.equal(load_checkpoint(path)["weights"], torch.ones(3))
+
+
+class Payload:
+    """A pickle that makes a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, protocol=2))],
+    ids=["torch", "pickle"],
+)
+def test_a_checkpoint_that_could_run_code_does_not(tmp_path, write):
+    path, mark = tmp_path / "bad.pkl", tmp_path / "ran"
+    write({"weights": torch.ones(1), "more": Payload(mark)}, path)
+    with pytest.raises(UserError, match="bad.pkl: holds objects that could run code"):
+        load_checkpoint(path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is no checkpoint or is damaged"),
+        (b"just some text", "is no checkpoint or is damaged"),
+        (b"PK\x03\x04 a zip that ends too soon", "is no checkpoint or is damaged"),
+        (None, "no such file"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content, message):
+    path = tmp_path / "bad.pkl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=f"bad.pkl: {message}"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
+def test_a_checkpoint_cut_short_is_damaged(tmp_path, share):
+    path = tmp_path / "net.pkl"
+    save_checkpoint(path, {"weights": torch.rand(5000)})
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(UserError, match="net.pkl: is no checkpoint or is damaged"):
+        load_checkpoint(path)
+
+
+def test_a_checkpoint_of_something_else_than_a_dict_is_refused(tmp_path):
+    torch.save([torch.ones(1)], tmp_path / "list.pkl")
+    with pytest.raises(UserError, match="list.pkl: holds a list; expected a dict"):
+        load_checkpoint(tmp_path / "list.pkl")
+
+
+# --- progress -----------------------------------------------------------------------------------
+
+
+def test_progress_reads_the_loss_only_when_it_prints(capsys):
+    asked = []
+
+    def note():
+        asked.append(1)
+        return "loss 0.5"
+
+    calm = Progress(100, "work", interval=1000)
+    for _ in range(10):
+        calm.advance(10, note)
+    assert not asked and capsys.readouterr().out == ""
+    eager = Progress(100, "work", interval=0)
+    eager.skip(40)
+    eager.advance(20, note)
+    line = capsys.readouterr().out
+    assert line.startswith("work: 60/100 img  loss 0.5  ") and line.rstrip().endswith(" s left") and len(asked) == 1
+    Progress(100, "work", interval=0, enabled=False).advance(10, note)
+    assert capsys.readouterr().out == "" and len(asked) == 1
