@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,3 +24,6 @@ def energy_score(logits: Tensor, num_ind: int) -> Tensor:
 def softmax_score(logits: Tensor, num_ind: int) -> Tensor:
     """CMG-softmax: probability of the OOD slot among the IND logits and itself, [..., C] -> [...]."""
     return logits[..., : num_ind + 1].softmax(dim=-1)[..., num_ind]
+
+
+SCORES: dict[str, Callable[[Tensor, int], Tensor]] = {"CMG-energy": energy_score, "CMG-softmax": softmax_score}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from evaluation.metrics import accuracy, auroc
-from evaluation.scores import energy, energy_score, softmax_score
+from evaluation.scores import SCORES, energy
 from models.vae import Codes, ConditionalVAE, decode_pseudo_ood, draw_codes
 from training.inference import CHUNK
 from training.losses import energy_loss, order_statistic, softmax_loss
@@ -84,12 +84,12 @@ class Mode:
 MODES: dict[str, Mode] = {
     "CMG-softmax": Mode(
         loss=lambda ind, labels, pseudo, margins, config: softmax_loss(ind, labels, pseudo, config.num_ind),
-        score=softmax_score,
+        score=SCORES["CMG-softmax"],
         uses_margins=False,
     ),
     "CMG-energy": Mode(
         loss=lambda ind, labels, pseudo, margins, config: energy_loss(ind, labels, pseudo, *margins, config.mu),
-        score=energy_score,
+        score=SCORES["CMG-energy"],
         uses_margins=True,
     ),
 }

@@ -1,0 +1,79 @@
+"""A fine-tuned classifier with its score and threshold: everything it takes to judge a new image."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from evaluation.scores import SCORES
+from models.main_model import MainModel
+from utils import UserError, load_checkpoint, save_checkpoint
+
+ACCEPTED = 0.95  # share of IND images below the threshold: 95 % TPR with IND as the positive class
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorConfig:
+    """What a detector is made of, as plain values.
+
+    Attributes:
+        task: its name.
+        classes: the IND classes, in the order of the logits: their numbers or names in the data set.
+        image_size, image_channels, logits, networks: of the classifier, as in `datasets.tasks.Task`.
+        mode: whose score it uses, a key of `SCORES`.
+        threshold: images that score above it are OOD.
+        threshold_from: the IND images of which 95 % score at or below it: "IND validation" or "IND test".
+    """
+
+    task: str
+    classes: tuple[int | str, ...]
+    image_size: int
+    image_channels: int
+    logits: int
+    networks: str
+    mode: str
+    threshold: float
+    threshold_from: str
+
+
+class Detector:
+    """Scores images [B, C, S, S] in [0, 1] with a fine-tuned classifier, in eval mode."""
+
+    def __init__(self, model: MainModel, config: DetectorConfig):
+        self.model, self.config = model.eval(), config
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, C, S, S] -> OOD scores [B], larger meaning more likely OOD, and the IND class numbers [B]."""
+        logits = self.model(images).float()
+        num_ind = len(self.config.classes)
+        return SCORES[self.config.mode](logits, num_ind), logits[:, :num_ind].argmax(1)
+
+    def save(self, path: Path, origin: dict) -> None:
+        """Write the detector, with how it was made."""
+        state = {name: tensor.cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+        save_checkpoint(path, {"detector": asdict(self.config), "model": state, "origin": origin})
+
+
+def acceptance_threshold(ind_scores: Tensor) -> float:
+    """The smallest score that at least 95 % of the [N] IND scores do not exceed."""
+    return ind_scores.kthvalue(max(1, -int(-ACCEPTED * len(ind_scores) // 1))).values.item()
+
+
+def load_detector(path: Path, device: torch.device) -> Detector:
+    """Read what `Detector.save` wrote.
+
+    Raises:
+        UserError: the file is missing, damaged or something else.
+    """
+    content = load_checkpoint(path)
+    try:
+        config = DetectorConfig(**content["detector"])
+        model = MainModel(config.image_size, config.image_channels, config.logits, config.networks)
+        model.load_state_dict(content["model"])
+    except (KeyError, TypeError, RuntimeError):
+        raise UserError(f"{path}: is no detector; make one with: python -m eval --mode MODE --save-detector FILE") from None
+    return Detector(model.to(device, memory_format=torch.channels_last), config)
