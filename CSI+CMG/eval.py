@@ -13,16 +13,16 @@ import shlex
 import sys
 from pathlib import Path
 
-from csi.options import DATASETS, ROOT, add_csi_arguments, default_checkpoint, remedy
+from csi.options import DATASETS, ROOT, add_csi_arguments, default_checkpoint
 from datasets.tasks import all_ood_datasets
 from utils import check_writable, pick_all, run_command
 
-# mode -> (is it about OOD sets, which view)
+# mode -> (which rows, which view)
 MODES = {
-    "test_acc": (False, "single view"),
-    "test_marginalized_acc": (False, "rotation ensemble"),
-    "ood": (True, "single view"),
-    "ood_marginalized": (True, "rotation ensemble"),
+    "test_acc": ("ind", "single view"),
+    "test_marginalized_acc": ("ind", "rotation ensemble"),
+    "ood": ("detection", "single view"),
+    "ood_marginalized": ("detection", "rotation ensemble"),
 }
 
 
@@ -47,41 +47,33 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    import torch
-
-    from csi.network import load_csi
-    from csi.scores import VIEWS, baseline_score
+    from csi.network import load_finished
+    from csi.report import csi_rows
     from datasets.datasetsHelper import load_ind, load_ood
-    from evaluation.report import detection_row, format_ind_table, format_table, ind_figures
+    from evaluation.report import format_ind_table, format_table
     from utils import environment, pick_device, pick_precision, write_json
 
     data = DATASETS[args.dataset]
-    modes = pick_all("--mode", args.mode, list(MODES), args.dataset)
+    chosen = [MODES[mode] for mode in pick_all("--mode", args.mode, list(MODES), args.dataset)]
     names = pick_all("--ood-dataset", args.ood_dataset, data.task.ood_datasets, args.dataset)
     path = args.load_path or default_checkpoint(args.dataset, "sup_CSI_linear")
     output = args.output or ROOT / "results" / f"csi_{args.dataset}_eval.json"
     check_writable(output)
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
-    expected = {"dataset": args.dataset, "command": "sup_CSI_linear"}
-    model, origin = load_csi(path, data.classes, expected, remedy(args.dataset, "sup_CSI_linear"))
-    model.to(device, memory_format=torch.channels_last).eval()
+    model, origin = load_finished(path, args.dataset, device)
     _, test = load_ind(data.task, data.partition, args.data_dir)
-    test = test.to(device)
-    wants_ood = any(MODES[mode][0] for mode in modes)
-    ood = {name: load_ood(data.task, data.partition, name, args.data_dir).to(device) for name in names * wants_ood}
+    test, ood = test.to(device), {}
+    if any(rows == "detection" for rows, _ in chosen):
+        ood = {name: load_ood(data.task, data.partition, name, args.data_dir).to(device) for name in names}
 
-    detection, ind = [], []
-    for view in dict.fromkeys(MODES[mode][1] for mode in modes):
-        logits = VIEWS[view](model, test.images, precision)
-        if (False, view) in map(MODES.get, modes):
-            ind.append({"method": view, "at": "untouched"} | ind_figures(logits, test.labels, data.classes))
-        if (True, view) in map(MODES.get, modes):
-            for name, images in ood.items():
-                scores = baseline_score(logits), baseline_score(VIEWS[view](model, images, precision))
-                detection.append(detection_row(f"CSI, {view}", name, None, "untouched", *scores))
-    tables = [table(rows) for table, rows in ((format_ind_table, ind), (format_table, detection)) if rows]
-    print("\n\n".join(tables))
+    results = {"ind": [], "detection": []}
+    for view in dict.fromkeys(view for _, view in chosen):
+        found = csi_rows(view, model, test, ood, data.classes, precision)
+        for rows in results:
+            results[rows] += found[rows] if (rows, view) in chosen else []
+    tables = {"ind": format_ind_table, "detection": format_table}
+    print("\n\n".join(table(results[rows]) for rows, table in tables.items() if results[rows]))
     write_json(
         output,
         {
@@ -91,9 +83,8 @@ def main(args: argparse.Namespace) -> None:
             "checkpoint": {"file": str(path), "origin": origin},
             "images": {"IND test": len(test)} | {name: len(images) for name, images in ood.items()},
             "environment": environment(device) | {"precision": precision},
-            "detection": detection,
-            "ind": ind,
-        },
+        }
+        | results,
     )
     print(f"\nwrote {output}")
 

@@ -14,7 +14,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from csi.options import DATASETS, ROOT, add_csi_arguments, default_checkpoint, remedy
+from csi.options import DATASETS, ROOT, add_csi_arguments, default_checkpoint
 from datasets import tasks
 from utils import UserError, check_writable, pick_all, positive_float, positive_int, run_command, seed_number
 
@@ -55,13 +55,11 @@ def get_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     from dataclasses import asdict
 
-    import torch
-
-    from csi.network import load_csi
+    from csi.network import load_finished
     from datasets.datasetsHelper import load_ind, load_ood, split_validation
     from evaluation.report import format_ind_table, format_table
     from training.fine_tune import FineTuneConfig
-    from training.stage2 import Stage2Data, load_trained
+    from training.stage2 import Stage2Data, load_stage1
     from utils import environment, pick_device, pick_precision, write_json
 
     data = DATASETS[args.dataset]
@@ -82,10 +80,13 @@ def main(args: argparse.Namespace) -> None:
         sigma=task.sigma,
         precision=pick_precision(args.precision, device),
     )
-    expected = {"dataset": args.dataset, "command": "sup_CSI_linear"}
-    network, csi_origin = load_csi(csi_path, data.classes, expected, remedy(args.dataset, "sup_CSI_linear"))
-    network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    cvae, cvae_origin = load_trained(task, data.task_name, partition, "train_cvae", cvae_path, device)
+    network, csi_origin = load_finished(csi_path, args.dataset, device)
+    if not cvae_path.is_file():
+        options = f"--task {data.task_name} --command train_cvae --params-dict-name {cvae_path.resolve()}"
+        raise UserError(
+            f"{cvae_path}: no such file; it should hold the CVAE. Make it with, in the root: python -m train {options}"
+        )
+    cvae, cvae_origin = load_stage1("train_cvae", task, data.task_name, partition, cvae_path, device)
     kept = [origin.get("val_fraction", 0.0) for origin in (csi_origin, cvae_origin)]
     if kept[0] != kept[1]:
         raise UserError(f"CSI was trained with --val-fraction {kept[0]}, the CVAE with {kept[1]}: train both alike")
@@ -126,32 +127,27 @@ def before_and_after(network, cvae, data, config, seeds: list[int], train_bn1: b
     The rotation ensemble reads `joint_distribution_layer`, which CMG does not touch: it has no "after".
 
     Returns:
-        what `training.stage2.fine_tune_and_score` returns, CSI's rows first for every OOD set.
+        what `training.stage2.fine_tune_and_score` returns, the detection rows grouped by OOD set, CSI's first.
     """
     from csi.network import Bn1AndLinear
-    from csi.scores import VIEWS, baseline_score
-    from evaluation.report import detection_row, ind_figures
+    from csi.report import csi_rows
+    from csi.scores import VIEWS
     from training.stage2 import fine_tune_and_score
 
-    detection, ind = [], []
-    for view, look in VIEWS.items():
-        logits = look(network, data.test.images, config.precision)
-        ind.append(
-            {"method": f"CSI, {view}", "at": "untouched"} | ind_figures(logits, data.test.labels, config.num_ind)
-        )
-        for name, images in data.ood.items():
-            scores = baseline_score(logits), baseline_score(look(network, images, config.precision))
-            detection.append(detection_row(f"CSI, {view}", name, None, "untouched", *scores))
+    before = [csi_rows(view, network, data.test, data.ood, config.num_ind, config.precision) for view in VIEWS]
     if train_bn1:
         features, head = (lambda images: images.flatten(1)), Bn1AndLinear(network)
     else:
         features, head = network.features, network.linear
     results = fine_tune_and_score(features, head, cvae, data, config, ["CMG-energy"], seeds)
-    # CSI's own rows hold the softmax score of the untouched head already.
-    detection += [row for row in results["detection"] if row["method"] != "MSP"]
-    ind += [row for row in results["ind"] if row["at"] != "untouched"]
-    order = list(data.ood)
-    return results | {"detection": sorted(detection, key=lambda row: order.index(row["ood_dataset"])), "ind": ind}
+    # CSI's own rows hold the softmax score and the accuracy of the untouched head already.
+    after = {
+        "ind": [row for row in results["ind"] if row["at"] != "untouched"],
+        "detection": [row for row in results["detection"] if row["method"] != "MSP"],
+    }
+    merged = {rows: [*before[0][rows], *before[1][rows], *after[rows]] for rows in after}
+    merged["detection"].sort(key=lambda row: list(data.ood).index(row["ood_dataset"]))
+    return results | merged
 
 
 if __name__ == "__main__":

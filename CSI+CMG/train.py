@@ -4,7 +4,7 @@
     python -m train --mode sup_CSI_linear --dataset cifar10
 
 writes a state dict to --params-dict-name. An interrupted run goes on when the same command is given again; several
-GPUs: torchrun --nproc_per_node=N -m train …
+GPUs: torchrun --nproc_per_node=N -m -- train …
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def test_eval_writes_every_figure(chain, tmp_path, capsys):
     )
     assert "rotation ensemble" in capsys.readouterr().out
     result = json.loads(output.read_text())
-    assert [row["method"] for row in result["ind"]] == ["single view", "rotation ensemble"]
+    assert [row["method"] for row in result["ind"]] == ["CSI, single view", "CSI, rotation ensemble"]
     assert [row["method"] for row in result["detection"]] == ["CSI, single view", "CSI, rotation ensemble"]
     assert all(0 <= row["auroc"] <= 1 for row in result["detection"])
     assert result["images"] == {"IND test": 361, "held-out-classes": 238}
@@ -132,6 +132,11 @@ def test_main_names_what_is_missing(chain, tmp_path, capsys):
     )
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "no such file" in error and "python -m train --mode sup_CSI_linear" in error
+    cvae = tmp_path / "none.pkl"
+    options = ["--params-dict-name", chain / "csi.pkl", "--params-dict-name2", cvae, "--output", tmp_path / "o"]
+    assert run("main", "--dataset", "digits", *options) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "in the root: python -m train --task same_dataset_digits_rgb --command" in error
 
 
 @pytest.mark.parametrize("train_bn1", [False, True])
