@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole CSI+CMG chain on the handwritten digits that ship with scikit-learn: a few minutes on two CPU cores, no download.
+# The whole CSI+CMG chain on the digits that ship with scikit-learn: minutes on two CPU cores, no download.
 #   bash "CSI+CMG/quickstart.sh"
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../scripts/setup.sh"

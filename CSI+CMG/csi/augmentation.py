@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import kornia.augmentation as K
 import torch
 from torch import Tensor, nn
 
-from utils import autocast
+from utils import UserError, autocast
 
 ROTATIONS = 4
 
@@ -36,13 +35,18 @@ def joint_labels(labels: Tensor, copies: int, classes: int) -> Tensor:
 
 
 class RandomAugmentation(nn.Module):
-    """Colour jitter, grayscale, resized crop, in CSI's order and strengths; own random numbers for every image.
+    """Colour jitter, grayscale, resized crop, in CSI's order and strengths, each with its own numbers for every image.
 
-    [N, 3, S, S] -> [N, 3, S, S], floats in [0, 1]. It draws from torch's CPU generator, whatever the device.
+    [N, 3, S, S] -> [N, 3, S, S], floats in [0, 1]. Only the order of jitter's four steps is common to the batch. The
+    numbers come from torch's CPU generator, whatever the device.
     """
 
     def __init__(self, size: int = 32):
         super().__init__()
+        try:  # here, because only training needs it
+            import kornia.augmentation as K
+        except ImportError:
+            raise UserError("kornia is not installed, and CSI's training needs it: pip install kornia") from None
         self.steps = nn.Sequential(
             K.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, p=0.8),
             K.RandomGrayscale(p=0.2),
