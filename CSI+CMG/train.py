@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from csi.options import DATASETS, TRAINING_MODES, add_csi_arguments, default_checkpoint, remedy
-from training.runs import add_run_arguments, format_figures, is_done, tensorboard_writer
+from training.runs import add_run_arguments, format_figures, is_done, remove_leftovers, tensorboard_writer
 from utils import UserError, check_writable, number, positive_float, positive_int, run_command, seed_number
 
 
@@ -83,7 +83,7 @@ def train(args: argparse.Namespace, processes) -> None:
 
     data, mode, stage = DATASETS[args.dataset], TRAINING_MODES[args.mode], STAGES[args.mode]
     path = args.params_dict_name or default_checkpoint(args.dataset, args.mode)
-    resume, device = path.with_name(path.name + ".resume"), processes.device
+    resume, device = path.parent / f"{path.name}.resume", processes.device
     config = LoopConfig(
         epochs=args.epochs or mode.epochs,
         batch_size=args.batch_size,
@@ -99,9 +99,12 @@ def train(args: argparse.Namespace, processes) -> None:
     what |= {"command": args.mode, "dataset": args.dataset, "total_epochs": config.epochs}
     origin = what | asdict(config)
     if is_done(path, resume, origin, args.restart):
-        print(f"{path} is complete already; --restart trains it anew")
+        if processes.is_main:
+            print(f"{path} is complete already; --restart trains it anew")
         return
 
+    if processes.is_main:
+        remove_leftovers(path)
     training_images, test_images = load_ind(data.task, data.partition, args.data_dir)
     training_images, _ = split_validation(training_images, what["val_fraction"])
     if 0 < len(training_images) % config.batch_size < processes.world:
@@ -109,8 +112,10 @@ def train(args: argparse.Namespace, processes) -> None:
             f"--batch_size {config.batch_size}: the last batch of an epoch has fewer images than there are processes "
             f"({processes.world}); choose another"
         )
-    for file in filter(None, (path, args.log)):
-        check_writable(file)
+    if args.log:
+        check_writable(args.log)
+    # A state holds the network and LARS's momentum; an old one stays until the new one is complete.
+    check_writable(path, (2 if resume.exists() else 4) * sum(t.nbytes for t in model.state_dict().values()))
     model.to(device, memory_format=torch.channels_last)
     optimizer = stage.prepare(model, config.learning_rate)
     if processes.is_main:
@@ -125,7 +130,7 @@ def train(args: argparse.Namespace, processes) -> None:
         save_every=args.save_every,
         identity=what | {"data": fingerprint(training_images)},
         log=args.log,
-        watch=tensorboard_writer(args.tensorboard),
+        watch=tensorboard_writer(args.tensorboard if processes.is_main else None),
     )
     fit(
         model,
