@@ -12,15 +12,14 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from datasets.tasks import add_data_arguments, all_partitions, default_checkpoint, task_from_arguments, task_names
 from utils import (
-    UserError,
     add_common_arguments,
     check_writable,
     number,
+    pick_all,
     positive_float,
     positive_int,
     run_command,
@@ -156,16 +155,6 @@ def main(args: argparse.Namespace) -> None:
     }
     write_json(output, about | {key: results[key] for key in ("detection", "ind", "runs")})
     print(f"wrote {output}")
-
-
-def pick_all(flag: str, names: list[str], known: Sequence[str], task_name: str) -> list[str]:
-    """The names asked for, each once, or all that are known."""
-    if not known:
-        raise UserError(f"{task_name} has no OOD images; name a folder of them with --ood-dir DIR")
-    for name in names:
-        if name not in (*known, "all"):
-            raise UserError(f"{flag} {name}: {task_name} has {', '.join(known)}")
-    return list(known) if "all" in names else list(dict.fromkeys(names))
 
 
 def default_output(task_name: str, partition: str, modes: list[str], seeds: list[int]) -> Path:

@@ -11,9 +11,7 @@ run goes on when the same command is given again; several GPUs: torchrun --nproc
 from __future__ import annotations
 
 import argparse
-import glob
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,11 +23,10 @@ from datasets.tasks import (
     task_from_arguments,
     task_names,
 )
+from training.runs import add_run_arguments, format_figures, is_done, remove_leftovers, tensorboard_writer
 from utils import (
-    UserError,
     add_common_arguments,
     check_writable,
-    load_checkpoint,
     number,
     positive_float,
     positive_int,
@@ -59,13 +56,7 @@ def get_parser() -> argparse.ArgumentParser:
         default=0.0,
         help="share of the IND training images kept out, on which eval can choose its step (default: %(default)s)",
     )
-    parser.add_argument(
-        "--save-every", type=positive_int, default=1, help="epochs between resumable states (default: %(default)s)"
-    )
-    parser.add_argument("--restart", action="store_true", help="start over, ignoring what an earlier run left")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the network")
-    parser.add_argument("--log", type=Path, help="write one JSON line per epoch to this file")
-    parser.add_argument("--tensorboard", type=Path, help="write the same figures there for TensorBoard")
+    add_run_arguments(parser)
     add_data_arguments(parser)
     return parser
 
@@ -141,56 +132,6 @@ def train(args: argparse.Namespace, processes) -> None:
     figures = stage.evaluate(model.eval(), test_images.to(device), len(task.partitions[partition]), config.precision)
     print(f"IND test images: {format_figures(figures)}")
     print(f"wrote {path}")
-
-
-def is_done(path: Path, resume: Path, origin: dict, restart: bool) -> bool:
-    """Whether `path` holds the result of this very run already; with `restart`, forget what is there.
-
-    Raises:
-        UserError: it holds something else, which would be lost.
-    """
-    if restart:
-        resume.unlink(missing_ok=True)
-        return False
-    if resume.exists() or not path.is_file():
-        return False
-    theirs = getattr(load_checkpoint(path), "origin", {})
-    differ = [f"{key} was {theirs.get(key)}, is {value}" for key, value in origin.items() if theirs.get(key) != value]
-    if differ:
-        raise UserError(
-            f"{path} exists and was made otherwise ({'; '.join(differ)}). "
-            "Name another --params-dict-name, or replace it with --restart"
-        )
-    return True
-
-
-def remove_leftovers(path: Path) -> None:
-    """Remove temporary files of a run that was killed while it wrote `path` or its resumable state."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        leftover.unlink()
-
-
-def tensorboard_writer(folder: Path | None) -> Callable[[dict], None]:
-    """A function that writes an epoch's line for TensorBoard, or does nothing without a folder."""
-    if folder is None:
-        return lambda line: None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard: tensorboard is not installed; pip install tensorboard, or use --log") from None
-    writer = SummaryWriter(folder)
-
-    def write(line: dict) -> None:
-        for name, value in line.items():
-            if isinstance(value, float):
-                writer.add_scalar(name, value, line["epoch"])
-        writer.flush()
-
-    return write
-
-
-def format_figures(figures: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -92,16 +92,29 @@ def add_common_arguments(parser: argparse.ArgumentParser, tasks: list[str], part
         "--task", choices=tasks, default=tasks[0], help="what is IND and what is OOD (default: %(default)s)"
     )
     parser.add_argument("--partition", choices=partitions, help="which classes are IND (default: the task's first)")
+    add_machine_arguments(parser)
+
+
+def add_machine_arguments(parser: argparse.ArgumentParser, data_dir: Path = Path("datasets")) -> None:
+    """On which device, in which precision, and where the images are."""
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the first CUDA GPU, else the CPU)")
-    parser.add_argument(
-        "--data-dir", type=Path, default=Path("datasets"), help="folder of the images (default: ./datasets)"
-    )
+    parser.add_argument("--data-dir", type=Path, default=data_dir, help="folder of the images (default: %(default)s)")
     parser.add_argument(
         "--precision",
         choices=["auto", "fp32", "bf16"],
         default="auto",
         help="auto takes bf16 where the hardware has it (default: %(default)s)",
     )
+
+
+def pick_all(flag: str, names: list[str], known: Sequence[str], task_name: str) -> list[str]:
+    """The names asked for, each once, or all that are known."""
+    if not known:
+        raise UserError(f"{task_name} has no OOD images; name a folder of them with --ood-dir DIR")
+    for name in names:
+        if name not in (*known, "all"):
+            raise UserError(f"{flag} {name}: {task_name} has {', '.join(known)}")
+    return list(known) if "all" in names else list(dict.fromkeys(names))
 
 
 # --- seeds --------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from datasets.folders import read_images
 from datasets.obtain import read_source
@@ -122,6 +123,13 @@ def read_digits(data_dir: Path, split: str) -> Images:
     return Images(torch.from_numpy(images)[:, None], torch.from_numpy(digits.target[chosen].astype(np.int64)))
 
 
+def read_digits_rgb(data_dir: Path, split: str) -> Images:
+    """The same digits as 3x32x32 images: enlarged bilinearly, the three channels alike."""
+    digits = read_digits(data_dir, split)
+    enlarged = F.interpolate(digits.images.float(), size=32, mode="bilinear").round().to(torch.uint8)
+    return Images(enlarged.expand(-1, 3, -1, -1).contiguous(), digits.labels)
+
+
 def read_published(name: str, data_dir: Path, split: str) -> Images:
     """A published data set, fetched where it is missing. Raises `UserError` as `datasets.obtain.read_source` does."""
     return to_tensors(*read_source(name, data_dir, split))
@@ -158,4 +166,7 @@ def to_tensors(images: np.ndarray, labels: np.ndarray) -> Images:
 
 Reader = Callable[[Path, str], Images]
 
-READERS: dict[str, Reader] = {"digits": read_digits} | {name: partial(read_published, name) for name in SOURCES}
+READERS: dict[str, Reader] = {
+    "digits": read_digits,
+    "digits_rgb": read_digits_rgb,
+} | {name: partial(read_published, name) for name in SOURCES}

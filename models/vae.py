@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.layers import ResidualBlock, ResNet18, count_features
+from models.layers import NARROW, ResidualBlock, ResNet18, count_features
 
 HIDDEN = 1024
 
@@ -41,13 +42,13 @@ class PlainDecoder(nn.Module):
 
 
 class ResidualDecoder(nn.Module):
-    """The CVAE's CIFAR-10 decoder: [B, 512, S/8, S/8] -> [B, C, S, S]."""
+    """The CVAE's CIFAR-10 decoder: [B, width, S/8, S/8] -> [B, C, S, S]."""
 
-    in_channels, scale = 512, 8
+    scale = 8
 
-    def __init__(self, image_channels: int):
+    def __init__(self, image_channels: int, width: int = 512):
         super().__init__()
-        width = self.in_channels
+        self.in_channels = width
         self.decoder = nn.Sequential(
             ResidualBlock(width),
             ResidualBlock(width),
@@ -68,6 +69,10 @@ class ResidualDecoder(nn.Module):
 NETWORKS = {
     "mnist": (PlainEncoder, PlainDecoder),
     "cifar10": (lambda image_channels, image_size: ResNet18(image_channels), ResidualDecoder),
+    "narrow": (
+        lambda image_channels, image_size: ResNet18(image_channels, NARROW),
+        partial(ResidualDecoder, width=8 * NARROW),
+    ),
 }
 
 

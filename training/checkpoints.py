@@ -11,6 +11,8 @@ from torch import nn
 
 from utils import UserError, load_checkpoint, save_checkpoint
 
+PARALLEL = "module."
+
 
 def save_network(path: Path, model: nn.Module, origin: dict) -> None:
     """Write the state dict of `model`, on the CPU, with `origin` (plain values) as its attribute."""
@@ -32,9 +34,26 @@ def load_network(path: Path, model: nn.Module, what: str, expected: dict, remedy
     Raises:
         UserError: the file is missing, damaged, or of another network, task or partition.
     """
+    return fill_network(path, read_state(path, what, remedy), model, what, expected, remedy)
+
+
+def read_state(path: Path, what: str, remedy: str) -> dict:
+    """The state dict in `path`, without the prefix `module.` that nn.DataParallel puts before every name.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; it should hold {what}. {remedy}")
     state = load_checkpoint(path)
+    if state and all(str(name).startswith(PARALLEL) for name in state):
+        print(f"{path}: took the prefix {PARALLEL} off its {len(state)} names", flush=True)
+        state = {name.removeprefix(PARALLEL): tensor for name, tensor in state.items()}
+    return state
+
+
+def fill_network(path: Path, state: dict, model: nn.Module, what: str, expected: dict, remedy: str) -> dict:
+    """The second half of `load_network`: check the state dict read from `path` and load it strictly."""
     origin = getattr(state, "origin", {})
     for key, value in expected.items():
         if origin.get(key, value) != value:
@@ -42,11 +61,8 @@ def load_network(path: Path, model: nn.Module, what: str, expected: dict, remedy
     ours = model.state_dict()
     missing, unknown = sorted(ours.keys() - state.keys()), sorted(state.keys() - ours.keys(), key=str)
     if missing or unknown:
-        named = [f"lacks {missing[0]}"] * bool(missing) + [f"has {unknown[0]}"] * bool(unknown)
-        raise UserError(
-            f"{path}: is not {what} ({' and '.join(named)}; "
-            f"{len(missing)} names missing, {len(unknown)} unknown). {remedy}"
-        )
+        found = "; ".join(f"{kind} {listed(names)}" for kind, names in (("lacks", missing), ("has", unknown)) if names)
+        raise UserError(f"{path}: is not {what} ({found}). {remedy}")
     for name, tensor in ours.items():
         if getattr(state[name], "shape", None) != tensor.shape:
             found = list(getattr(state[name], "shape", []))
@@ -56,3 +72,9 @@ def load_network(path: Path, model: nn.Module, what: str, expected: dict, remedy
             )
     model.load_state_dict(state)
     return origin
+
+
+def listed(names: list[str], most: int = 8) -> str:
+    """Names in one line; of many, the first ones and how many there are."""
+    shown = ", ".join(map(str, names[:most]))
+    return shown if len(names) <= most else f"{shown}, … {len(names)} names"

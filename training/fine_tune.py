@@ -194,7 +194,7 @@ class HeadStack:
 @torch.no_grad()
 def head_logits(head: nn.Module, parameters: dict[str, Tensor], features: Tensor) -> Tensor:
     """Logits [N, C] of `head` with the given parameters, in fp32."""
-    return functional_call(head, parameters, (features,))
+    return torch.cat([functional_call(head, parameters, (part,)) for part in features.split(CHUNK)])
 
 
 def fine_tune(

@@ -45,7 +45,7 @@ class LoopConfig:
     Attributes:
         epochs: passes over the training images.
         batch_size: images per optimizer step over all processes; the last partial batch is kept.
-        learning_rate: of Adam, constant.
+        learning_rate: of the optimizer: constant, or the peak of the schedule.
         seed: of initialisation, order, augmentation, noise and dropout, each a stream of its own.
         precision: "fp32" or "bf16", under which the networks run; losses are always fp32.
     """
@@ -97,10 +97,12 @@ def fit(
     processes: Processes,
     recorder: Recorder,
     compile_model: bool = False,
+    schedule: Callable[[float], float] | None = None,
 ) -> list[dict]:
     """Train `model` in place; return one dict of mean losses per epoch.
 
-    `model` and `data` are on the device of this process already.
+    `model` and `data` are on the device of this process already. `schedule` gives the learning rate of a step from
+    the epochs behind it (2.5: in the middle of the third); it has no state, so that a resumed run follows it exactly.
 
     Raises:
         Stopped: a signal asked for it; the state is saved.
@@ -114,12 +116,12 @@ def fit(
     progress.skip(min(state.step * config.batch_size, progress.total))
     with SignalWatch() as stop:
         while state.epoch < config.epochs:
-            _run_epoch(network, optimizer, data, objective, config, processes, state, progress, stop)
+            _run_epoch(network, optimizer, data, objective, config, processes, state, progress, stop, schedule)
     progress.close()
     return state.history
 
 
-def _run_epoch(network, optimizer, data, objective, config, processes, state, progress, stop) -> None:
+def _run_epoch(network, optimizer, data, objective, config, processes, state, progress, stop, schedule) -> None:
     """Run from `state.step` to the end of its epoch and record the epoch's means."""
     device, epoch, count = processes.device, state.epoch, len(data)
     order = torch.randperm(count, generator=generator(config.seed, "order", epoch)).to(device)
@@ -134,6 +136,9 @@ def _run_epoch(network, optimizer, data, objective, config, processes, state, pr
         torch.manual_seed(derive_seed(config.seed, "dropout", epoch, step, processes.rank))
         with autocast(device, config.precision):
             means = objective(network, batch.images, batch.labels, *(d[rows] for d in draws))
+        if schedule:
+            for group in optimizer.param_groups:
+                group["lr"] = schedule(state.step / state.steps_per_epoch)
         optimizer.zero_grad(set_to_none=True)
         (means["loss"] * weight).backward()
         optimizer.step()

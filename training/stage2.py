@@ -114,14 +114,30 @@ def run_stage2(
     seeds: Sequence[int],
     tune: str,
 ) -> dict:
-    """Fine-tune for every mode and seed and score every OOD set.
+    """Fine-tune what `tune` names of the classifier; see `fine_tune_and_score`."""
+    return fine_tune_and_score(*split_model(classifier, tune), cvae, data, config, modes, seeds)
+
+
+def fine_tune_and_score(
+    features: Callable[[Tensor], Tensor],
+    head: nn.Module,
+    cvae: ConditionalVAE,
+    data: Stage2Data,
+    config: FineTuneConfig,
+    modes: Sequence[str],
+    seeds: Sequence[int],
+) -> dict:
+    """Fine-tune `head` on `features` for every mode and seed and score every OOD set.
+
+    Args:
+        features: images [B, C, S, S] in [0, 1] -> [B, F]; the frozen part of the network.
+        head: [B, F] -> logits; its parameters are tuned in copies, it stays as it is itself.
 
     Returns:
         "detection": rows of detection figures; "ind": rows of figures on IND test images; "runs": curves and
         margins; "tuned": for each run its `Run`, whose heads can be saved.
     """
     device = data.train.images.device
-    features, head = split_model(classifier, tune)
     bank = data.encode(features, config.precision)
     pseudo = PseudoOOD(cvae, features, config.num_ind, config.sigma, config.precision, device)
     runs = fine_tune(head, bank, pseudo, config, modes, seeds)

@@ -1,0 +1,107 @@
+"""Speed of CSI's representation step, and the share of it that the network itself takes.
+
+    python -m benchmarks.csi [--quick] [--device cuda]
+
+times whole steps (views, augmentation, forward, loss, backward, LARS and Adam) and, in turn with them, the network's
+forward and backward alone on views made before. The last line is a JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from utils import autocast, environment, pick_device, pick_precision, positive_int, run_command
+
+CLASSES = 10
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "benchmarks.csi", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="16 images and 2 repeats instead of 128 and 10")
+    parser.add_argument("--batch-size", type=positive_int, help="images per step, of 8 views each")
+    parser.add_argument("--repeats", type=positive_int)
+    parser.add_argument("--width", type=positive_int, default=64, help="channels of the first stage (default: 64)")
+    parser.add_argument("--device", help="(default: the first CUDA GPU, else the CPU)")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    import torch
+
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "CSI+CMG"))
+    from csi.augmentation import make_views
+    from csi.network import CSINet
+    from csi.stages import STAGES
+    from datasets.datasetsHelper import to_float
+
+    device = pick_device(args.device)
+    precision = pick_precision(args.precision, device)
+    count, repeats = args.batch_size or (16 if args.quick else 128), args.repeats or (2 if args.quick else 10)
+    torch.manual_seed(0)
+    model = CSINet(CLASSES, args.width).to(device, memory_format=torch.channels_last)
+    stage = STAGES["sup_simclr_CSI"]
+    optimizer, objective = stage.prepare(model, 1.0), stage.objective(CLASSES)
+    images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, device=device)
+    labels = torch.arange(count, device=device) % CLASSES
+    flips = torch.rand(count, 2, device=device) < 0.5
+    views = objective.augment(make_views(to_float(images), flips))
+
+    def whole_step() -> None:
+        with autocast(device, precision):
+            loss = objective(model, images, labels, flips)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def network_alone() -> None:
+        with autocast(device, precision):
+            outputs = model(views, "simclr_layer", "linear")
+        optimizer.zero_grad()
+        torch.autograd.backward(list(outputs.values()), [torch.ones_like(output) for output in outputs.values()])
+
+    step, network = timed([whole_step, network_alone], repeats, device)
+    result = {
+        "images_per_second": round(count / step, 2),
+        "views_per_second": round(8 * count / step, 1),
+        "step_seconds": round(step, 4),
+        "network_seconds": round(network, 4),
+        "network_share": round(network / step, 4),
+        "batch_size": count,
+        "width": args.width,
+        "repeats": repeats,
+        "precision": precision,
+    } | environment(device)
+    print(
+        f"{result['images_per_second']} images/s, of which the network takes {100 * network / step:.1f} % (target 85)"
+    )
+    print(json.dumps(result))
+
+
+def timed(functions: list, repeats: int, device) -> list[float]:
+    """Median seconds of each function, called in turn so that all see the same machine; one call each warms up."""
+    import torch
+
+    seconds = [[] for _ in functions]
+    for repeat in range(repeats + 1):
+        for function, taken in zip(functions, seconds, strict=True):
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if repeat:
+                taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) for taken in seconds]
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, get_parser()))

@@ -1,0 +1,220 @@
+"""CSI's commands, run in their folder: the whole chain on a handful of digits."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train as root_train
+from csi.network import CSINet
+from csi.optimizers import warmup_cosine
+from csi.stages import STAGES
+from datasets.datasetsHelper import Images
+from training.fine_tune import FineTuneConfig
+from training.loop import LoopConfig, Recorder, fit
+from training.processes import Processes
+from training.stage2 import Stage2Data
+from utils import Stopped, load_checkpoint, run_command
+
+FOLDER = Path(__file__).resolve().parents[1] / "CSI+CMG"
+FEW = ["--val-fraction", "0.9"]  # so that only a tenth of the 722 digits is trained on
+
+
+def command(name: str):
+    """CSI's module of that name, which the root has too."""
+    spec = importlib.util.spec_from_file_location(f"csi_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(name: str, *argv: object) -> int:
+    module = command(name)
+    return run_command(module.main, module.get_parser(), [str(a) for a in argv])
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory) -> Path:
+    """A folder with representation.pkl, csi.pkl and cvae.pkl of a few steps each."""
+    folder = tmp_path_factory.mktemp("csi")
+    small = ["--dataset", "digits", "--device", "cpu", "--precision", "fp32"]
+    representation = ["--width", 2, "--epochs", 2, "--warmup", 1, "--batch_size", 32, *FEW]
+    linear = ["--load_path", folder / "representation.pkl", "--epochs", 2, "--batch_size", 32]
+    for mode, name, options in (("simclr", "representation", representation), ("linear", "csi", linear)):
+        mode = {"simclr": "sup_simclr_CSI", "linear": "sup_CSI_linear"}[mode]
+        files = ["--params-dict-name", folder / f"{name}.pkl", "--log", folder / f"{name}.log"]
+        assert run("train", "--mode", mode, *small, *options, *files) == 0
+    cvae = ["--task", "same_dataset_digits_rgb", "--command", "train_cvae", "--epochs", "1", "--device", "cpu", *FEW]
+    argv = [*cvae, "--params-dict-name", str(folder / "cvae.pkl")]
+    assert run_command(root_train.main, root_train.get_parser(), argv) == 0
+    return folder
+
+
+def test_training_leaves_checkpoints_and_logs(chain):
+    assert {p.name for p in chain.iterdir()} >= {"representation.pkl", "csi.pkl", "cvae.pkl"}
+    assert not list(chain.glob("*.resume"))
+    representation, csi = (load_checkpoint(chain / f"{name}.pkl") for name in ("representation", "csi"))
+    assert representation.origin["command"] == "sup_simclr_CSI" and csi.origin["val_fraction"] == 0.9
+    changed = {name for name, tensor in csi.items() if not torch.equal(tensor, representation[name])}
+    layers = ("linear", "shift_cls_layer", "joint_distribution_layer")
+    assert changed == {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    lines = [json.loads(line) for line in (chain / "representation.log").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    # 72 digits in batches of 32 are 3 steps: the last one of each epoch is 2/3 of an epoch in.
+    assert [line["learning_rate"] for line in lines] == pytest.approx([0.7, warmup_cosine(5 / 3, 1.0, 1, 2)])
+
+
+def test_a_finished_training_is_not_repeated(chain, capsys):
+    what = ["--dataset", "digits", "--device", "cpu", "--precision", "fp32", "--width", 2, "--epochs", 2, "--warmup", 1]
+    again = [*what, "--batch_size", 32, *FEW, "--params-dict-name", chain / "representation.pkl"]
+    assert run("train", *again) == 0
+    assert "complete already" in capsys.readouterr().out
+    assert run("train", *again, "--lr", 0.5) == 2
+    assert "learning_rate was 1.0, is 0.5" in capsys.readouterr().err
+
+
+def test_eval_writes_every_figure(chain, tmp_path, capsys):
+    output = tmp_path / "eval.json"
+    assert (
+        run("eval", "--dataset", "digits", "--device", "cpu", "--load_path", chain / "csi.pkl", "--output", output) == 0
+    )
+    assert "rotation ensemble" in capsys.readouterr().out
+    result = json.loads(output.read_text())
+    assert [row["method"] for row in result["ind"]] == ["CSI, single view", "CSI, rotation ensemble"]
+    assert [row["method"] for row in result["detection"]] == ["CSI, single view", "CSI, rotation ensemble"]
+    assert all(0 <= row["auroc"] <= 1 for row in result["detection"])
+    assert result["images"] == {"IND test": 361, "held-out-classes": 238}
+
+
+def test_eval_of_one_mode_prints_only_that(chain, tmp_path, capsys):
+    options = ["--dataset", "digits", "--load_path", chain / "csi.pkl", "--output", tmp_path / "x.json"]
+    assert run("eval", "--mode", "test_acc", *options) == 0
+    out = capsys.readouterr().out
+    assert "accuracy" in out and "AUROC" not in out and "ensemble" not in out
+
+
+def test_eval_refuses_a_bare_representation(chain, tmp_path, capsys):
+    options = ["--dataset", "digits", "--load_path", chain / "representation.pkl", "--output", tmp_path / "x.json"]
+    assert run("eval", *options) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "sup_CSI_linear" in error
+
+
+def main_options(chain: Path, output: Path) -> list[object]:
+    networks = ["--params-dict-name", chain / "csi.pkl", "--params-dict-name2", chain / "cvae.pkl"]
+    return ["--dataset", "digits", "--device", "cpu", *networks, "--epochs", 2, "--check-every", 1, "--output", output]
+
+
+def test_main_reports_before_and_after(chain, tmp_path, capsys):
+    output = tmp_path / "main.json"
+    assert run("main", *main_options(chain, output), "--seeds", 1, 2) == 0
+    out = capsys.readouterr().out
+    assert "CSI, rotation ensemble" in out and "CMG-energy" in out
+    result = json.loads(output.read_text())
+    rows = {(row["method"], row["at"], row["seed"]) for row in result["detection"]}
+    before = {("CSI, single view", "untouched", None), ("CSI, rotation ensemble", "untouched", None)}
+    after = {("CMG-energy", at, seed) for at in ("last", "validated", "max") for seed in (1, 2)}
+    assert rows == before | after | {("energy", "untouched", None)}
+    assert [check["step"] for check in result["runs"][0]["curve"]] == [0, 1, 2]
+
+
+def test_main_names_what_is_missing(chain, tmp_path, capsys):
+    assert (
+        run("main", "--dataset", "digits", "--params-dict-name", tmp_path / "none.pkl", "--output", tmp_path / "o") == 2
+    )
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "no such file" in error and "python -m train --mode sup_CSI_linear" in error
+    cvae = tmp_path / "none.pkl"
+    options = ["--params-dict-name", chain / "csi.pkl", "--params-dict-name2", cvae, "--output", tmp_path / "o"]
+    assert run("main", "--dataset", "digits", *options) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "in the root: python -m train --task same_dataset_digits_rgb --command" in error
+
+
+@pytest.mark.parametrize("train_bn1", [False, True])
+def test_main_leaves_the_network_bit_equal(train_bn1):
+    from models.vae import ConditionalVAE
+
+    torch.manual_seed(0)
+    network, cvae = CSINet(classes=2, width=2), ConditionalVAE(4, 3, 32, 10, "narrow")
+    for frozen in (network, cvae):
+        frozen.eval().requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    images = Images(torch.randint(256, (12, 3, 32, 32), dtype=torch.uint8), torch.arange(12) % 2)
+    data = Stage2Data(images, images.at(torch.arange(0)), images, {"noise": images.images})
+    config = FineTuneConfig(num_ind=2, epochs=2, batch_size=6, learning_rate=1e-2, check_every=4, sigma=5.0)
+    results = command("main").before_and_after(network, cvae, data, config, [1, 2], train_bn1)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    tuned = {"linear.weight", "linear.bias", "bn1.weight", "bn1.bias"} if train_bn1 else {"weight", "bias"}
+    for run in results["tuned"]:
+        assert set(run.last) == tuned
+        for name, tensor in run.last.items():
+            assert not torch.equal(tensor, before[name if train_bn1 else f"linear.{name}"]), name
+
+
+def test_an_interrupted_representation_resumes_exactly(tmp_path):
+    images = Images(torch.randint(256, (10, 3, 32, 32), dtype=torch.uint8), torch.arange(10) % 2)
+    config = LoopConfig(epochs=3, batch_size=4, learning_rate=1.0, seed=1, precision="fp32")
+    stage = STAGES["sup_simclr_CSI"]
+
+    def train(recorder: Recorder) -> CSINet:
+        torch.manual_seed(0)
+        model = CSINet(classes=2, width=2)
+        optimizer = stage.prepare(model, 1.0)
+        schedule = lambda progress: stage.schedule(progress, 1.0, 1, 3)  # noqa: E731
+        processes = Processes(torch.device("cpu"))
+        fit(model, optimizer, images, stage.objective(2), config, processes, recorder, schedule=schedule)
+        return model
+
+    def stop(line: dict) -> None:
+        if line["epoch"] == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    whole = train(Recorder(name="whole"))
+    with pytest.raises(Stopped):
+        train(Recorder(name="stopped", resume=tmp_path / "x.resume", watch=stop))
+    resumed = train(Recorder(name="resumed", resume=tmp_path / "x.resume"))
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "main"])
+def test_help_in_the_folder_is_csis_own(name):
+    reply = subprocess.run(
+        [sys.executable, "-m", name, "--help"], cwd=FOLDER, capture_output=True, text=True, check=True
+    )
+    assert "--dataset {cifar10,digits}" in " ".join(reply.stdout.split())
+
+
+def test_all_six_ood_sets_of_cifar10_in_one_run(tmp_path, monkeypatch):
+    tiny = pytest.importorskip("tests.tiny_data")
+    from datasets.tasks import TASKS
+    from training.checkpoints import save_network
+    from training.train_cvae import build_cvae
+
+    tiny.write_cifar10(tmp_path, 10)
+    tiny.write_cifar100(tmp_path, 10)
+    tiny.write_svhn(tmp_path, 10)
+    for folder in ("LSUN_resize", "LSUN_fix", "Imagenet_resize", "Imagenet_fix"):
+        tiny.write_folder(tmp_path, folder, 10)
+    # An authors' checkpoint: a plain dict of tensors, written from several GPUs.
+    state = {f"module.{name}": tensor for name, tensor in CSINet(width=2).state_dict().items()}
+    torch.save(state, tmp_path / "authors.model")
+    save_network(tmp_path / "cvae.pkl", build_cvae(TASKS["different_dataset"]), {})
+    output = tmp_path / "main.json"
+    networks = ["--params-dict-name", tmp_path / "authors.model", "--params-dict-name2", tmp_path / "cvae.pkl"]
+    options = ["--data-dir", tmp_path, "--device", "cpu", "--epochs", 1, "--output", output]
+    assert run("main", *networks, *options) == 0
+    result = json.loads(output.read_text())
+    names = list(dict.fromkeys(row["ood_dataset"] for row in result["detection"]))
+    assert names == ["SVHN", "LSUN", "LSUN-FIX", "tinyImageNet", "ImageNet-FIX", "CIFAR100"]
+    assert result["config"]["sigma"] == 5.0 and result["config"]["check_every"] == 100

@@ -1,0 +1,74 @@
+"""What every training command has around the loop: its options, whether it is done already, where its figures go.
+
+Imports no torch, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+from collections.abc import Callable
+from pathlib import Path
+
+from utils import UserError, load_checkpoint, positive_int
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that change no result: what is kept, shown and compiled."""
+    parser.add_argument(
+        "--save-every", type=positive_int, default=1, help="epochs between resumable states (default: %(default)s)"
+    )
+    parser.add_argument("--restart", action="store_true", help="start over, ignoring what an earlier run left")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network")
+    parser.add_argument("--log", type=Path, help="write one JSON line per epoch to this file")
+    parser.add_argument("--tensorboard", type=Path, help="write the same figures there for TensorBoard")
+
+
+def is_done(path: Path, resume: Path, origin: dict, restart: bool) -> bool:
+    """Whether `path` holds the result of this very run already; with `restart`, forget what is there.
+
+    Raises:
+        UserError: it holds something else, which would be lost.
+    """
+    if restart:
+        resume.unlink(missing_ok=True)
+        return False
+    if resume.exists() or not path.is_file():
+        return False
+    theirs = getattr(load_checkpoint(path), "origin", {})
+    differ = [f"{key} was {theirs.get(key)}, is {value}" for key, value in origin.items() if theirs.get(key) != value]
+    if differ:
+        raise UserError(
+            f"{path} exists and was made otherwise ({'; '.join(differ)}). "
+            "Name another --params-dict-name, or replace it with --restart"
+        )
+    return True
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove temporary files of a run that was killed while it wrote `path` or its resumable state."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        leftover.unlink()
+
+
+def tensorboard_writer(folder: Path | None) -> Callable[[dict], None]:
+    """A function that writes an epoch's line for TensorBoard, or does nothing without a folder."""
+    if folder is None:
+        return lambda line: None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard: tensorboard is not installed; pip install tensorboard, or use --log") from None
+    writer = SummaryWriter(folder)
+
+    def write(line: dict) -> None:
+        for name, value in line.items():
+            if isinstance(value, float):
+                writer.add_scalar(name, value, line["epoch"])
+        writer.flush()
+
+    return write
+
+
+def format_figures(figures: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
