@@ -16,6 +16,7 @@ from pathlib import Path
 
 from datasets.tasks import add_data_arguments, all_partitions, default_checkpoint, task_from_arguments, task_names
 from utils import (
+    UserError,
     add_common_arguments,
     check_writable,
     number,
@@ -55,6 +56,9 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--output", type=Path, help="JSON file of the results (default: results/TASK_PARTITION_MODES_SEEDS.json)"
+    )
+    parser.add_argument(
+        "--save-detector", type=Path, help="write the fine-tuned detector of one mode and seed, for scoring new images"
     )
     method = parser.add_argument_group(
         "the method", "the defaults are the paper's; anything else is another experiment"
@@ -100,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
     from datasets.datasetsHelper import load_ind, load_ood, split_validation
     from evaluation.report import format_ind_table, format_table
     from training.fine_tune import FineTuneConfig
-    from training.stage2 import Stage2Data, load_networks, run_stage2
+    from training.stage2 import Stage2Data, load_networks, make_detector, run_stage2
     from utils import environment, pick_device, pick_precision, write_json
 
     task_name, task, partition = task_from_arguments(args)
@@ -113,6 +117,12 @@ def main(args: argparse.Namespace) -> None:
     }
     output = args.output or default_output(task_name, partition, modes, seeds)
     check_writable(output)
+    if args.save_detector:
+        if len(modes) * len(seeds) > 1:
+            raise UserError(
+                f"--save-detector holds one detector: name one of --mode {' '.join(modes)} and one of --seeds"
+            )
+        check_writable(args.save_detector)
     device = pick_device(args.device)
     config = FineTuneConfig(
         num_ind=len(task.partitions[partition]),
@@ -155,6 +165,11 @@ def main(args: argparse.Namespace) -> None:
     }
     write_json(output, about | {key: results[key] for key in ("detection", "ind", "runs")})
     print(f"wrote {output}")
+    if args.save_detector:
+        detector = make_detector(classifier, results["tuned"][0], data, args.tune, task, task_name, partition)
+        detector.save(args.save_detector, about)
+        threshold, images = detector.config.threshold, detector.config.threshold_from
+        print(f"wrote {args.save_detector}: OOD above {threshold:.6g}, which 95 % of the {images} images do not exceed")
 
 
 def default_output(task_name: str, partition: str, modes: list[str], seeds: list[int]) -> Path:

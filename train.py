@@ -51,6 +51,9 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--lr", type=positive_float, default=1e-3, help="learning rate of Adam (default: %(default)s)")
     parser.add_argument(
+        "--warmup", type=number(int, least=0), default=0, help="steps over which the learning rate rises (default: 0)"
+    )
+    parser.add_argument(
         "--val-fraction",
         type=number(float, least=0, below=1),
         default=0.0,
@@ -77,7 +80,7 @@ def train(args: argparse.Namespace, processes) -> None:
 
     from datasets.datasetsHelper import load_ind, split_validation
     from training.checkpoints import save_network
-    from training.loop import LoopConfig, Recorder, fingerprint, fit
+    from training.loop import LoopConfig, Recorder, fingerprint, fit, warmup_schedule
     from training.stages import STAGES
     from utils import derive_seed, pick_precision
 
@@ -89,12 +92,14 @@ def train(args: argparse.Namespace, processes) -> None:
         epochs=args.epochs or task.epochs[args.command],
         batch_size=args.batch_size or task.batch_size,
         learning_rate=args.lr,
+        warmup_steps=args.warmup,
         seed=args.seed,
         precision=pick_precision(args.precision, device),
     )
     what = {"command": args.command, "task": task_name, "partition": partition, "val_fraction": args.val_fraction}
     origin = what | asdict(config)
-    if is_done(path, resume, origin, args.restart):
+    decided = {key: value for key, value in origin.items() if key != "precision" or args.precision != "auto"}
+    if is_done(path, resume, decided, args.restart):
         if processes.is_main:
             print(f"{path} is complete already; --restart trains it anew")
         return
@@ -124,13 +129,15 @@ def train(args: argparse.Namespace, processes) -> None:
         log=args.log,
         watch=tensorboard_writer(args.tensorboard if processes.is_main else None),
     )
-    fit(model, optimizer, training_images.to(device), stage.objective(task), config, processes, recorder, args.compile)
+    schedule = warmup_schedule(config, len(training_images)) if args.warmup else None
+    data = training_images.to(device)
+    fit(model, optimizer, data, stage.objective(task), config, processes, recorder, args.compile, schedule)
     if not processes.is_main:
         return
     save_network(path, model, origin | {"torch": str(torch.__version__)})
     resume.unlink(missing_ok=True)
     figures = stage.evaluate(model.eval(), test_images.to(device), len(task.partitions[partition]), config.precision)
-    print(f"IND test images: {format_figures(figures)}")
+    print(f"IND test images: {format_figures(figures)}{stage.remark(figures)}")
     print(f"wrote {path}")
 
 

@@ -75,5 +75,7 @@ def load_detector(path: Path, device: torch.device) -> Detector:
         model = MainModel(config.image_size, config.image_channels, config.logits, config.networks)
         model.load_state_dict(content["model"])
     except (KeyError, TypeError, RuntimeError):
-        raise UserError(f"{path}: is no detector; make one with: python -m eval --mode MODE --save-detector FILE") from None
+        raise UserError(
+            f"{path}: is no detector; make one with: python -m eval --mode MODE --save-detector FILE"
+        ) from None
     return Detector(model.to(device, memory_format=torch.channels_last), config)

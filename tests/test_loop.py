@@ -21,9 +21,10 @@ from torch import nn
 import train
 from datasets.datasetsHelper import Images
 from tests import children
-from training.loop import LoopConfig, Recorder, RunState, fit
+from training.loop import LoopConfig, Recorder, RunState, fit, warmup_schedule
 from training.processes import Processes
 from training.stages import STAGES
+from training.train_cvae import collapse_remark
 from utils import derive_seed, generator, load_checkpoint, run_command
 
 CPU = Processes(torch.device("cpu"))
@@ -392,3 +393,17 @@ def test_a_full_disk_leaves_the_previous_file(tmp_path):
     assert path.read_bytes() == b"the previous file"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["net.pkl", "output"]
     assert f"cannot write {path}" in output.read_text() and "Traceback" not in output.read_text()
+
+
+# --- warm-up ------------------------------------------------------------------------------------
+
+
+def test_warm_up_rises_linearly_and_stays():
+    config = replace(CONFIG, learning_rate=0.4, warmup_steps=4, batch_size=4)
+    schedule = warmup_schedule(config, 9)  # three steps an epoch
+    assert [schedule(step / 3) for step in range(6)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+
+
+@pytest.mark.parametrize(("kl", "remarked"), [(0.09, True), (0.1, False), (5.0, False)])
+def test_a_collapsed_posterior_is_remarked_on(kl, remarked):
+    assert ("posterior has collapsed" in collapse_remark({"mse": 0.0, "kl_nats": kl})) == remarked

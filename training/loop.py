@@ -46,6 +46,7 @@ class LoopConfig:
         epochs: passes over the training images.
         batch_size: images per optimizer step over all processes; the last partial batch is kept.
         learning_rate: of the optimizer: constant, or the peak of the schedule.
+        warmup_steps: over which the learning rate rises to it, linearly; 0 in the method.
         seed: of initialisation, order, augmentation, noise and dropout, each a stream of its own.
         precision: "fp32" or "bf16", under which the networks run; losses are always fp32.
     """
@@ -55,6 +56,7 @@ class LoopConfig:
     learning_rate: float
     seed: int
     precision: str
+    warmup_steps: int = 0
 
 
 class Objective(Protocol):
@@ -300,6 +302,12 @@ class RunState:
             with writing(self.recorder.log):
                 self.recorder.log.parent.mkdir(parents=True, exist_ok=True)
                 self.recorder.log.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+
+
+def warmup_schedule(config: LoopConfig, count: int) -> Callable[[float], float]:
+    """The schedule of `fit` that rises linearly over `warmup_steps` and stays, for `count` training images."""
+    steps_per_epoch = -(-count // config.batch_size)
+    return lambda epochs: config.learning_rate * min(1.0, (epochs * steps_per_epoch + 1) / config.warmup_steps)
 
 
 class SignalWatch:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from torch.nn import functional as F
 
 from datasets.datasetsHelper import Images, to_float
 from datasets.tasks import COMMANDS, Task
+from evaluation.detector import Detector, DetectorConfig, acceptance_threshold
 from evaluation.report import BASELINES, detection_row, ind_figures
 from models.main_model import MainModel
 from models.vae import ConditionalVAE
@@ -70,14 +73,43 @@ def load_networks(
     return loaded["train_classifier"][0], loaded["train_cvae"][0], origins
 
 
+TUNABLE = {"head": "classifier", "last-layer": "classifier.fc2"}  # what --tune names -> submodule of MainModel
+
+
 def split_model(model: MainModel, tune: str) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
     """The frozen part, images [B, C, S, S] -> [B, F], and the part that is fine-tuned, [B, F] -> [B, classes].
 
     `tune` is "head", as in the method, or "last-layer", which freezes the head's first layer too.
     """
+    tuned = model.get_submodule(TUNABLE[tune])
     if tune == "head":
-        return model.features, model.classifier
-    return lambda images: F.relu(model.classifier.fc1(model.features(images))), model.classifier.fc2
+        return model.features, tuned
+    return lambda images: F.relu(model.classifier.fc1(model.features(images))), tuned
+
+
+def make_detector(
+    classifier: MainModel, run: Run, data: Stage2Data, tune: str, task: Task, task_name: str, partition: str
+) -> Detector:
+    """The classifier with the head that `run` ended with, and the threshold that 95 % of the IND images kept from
+    training, or where there are none of the IND test images, do not exceed."""
+    model = copy.deepcopy(classifier)
+    model.get_submodule(TUNABLE[tune]).load_state_dict(run.last)
+    threshold_from, images = (
+        ("IND validation", data.validation.images) if len(data.validation) else ("IND test", data.test.images)
+    )
+    config = DetectorConfig(
+        task=task_name,
+        classes=task.partitions[partition],
+        image_size=task.image_size,
+        image_channels=task.image_channels,
+        logits=task.logits,
+        networks=task.networks,
+        mode=run.mode,
+        threshold=math.inf,
+        threshold_from=threshold_from,
+    )
+    scores = in_chunks(lambda part: Detector(model, config)(to_float(part))[0], images, "fp32")
+    return Detector(model, replace(config, threshold=acceptance_threshold(scores)))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import nn
 from datasets.tasks import Task
 from training.loop import Objective
 from training.train_classifier import ClassifierObjective, build_classifier, evaluate_classifier
-from training.train_cvae import CVAEObjective, build_cvae, evaluate_cvae
+from training.train_cvae import CVAEObjective, build_cvae, collapse_remark, evaluate_cvae
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,16 @@ class Stage:
         build: the untrained network of a task.
         objective: what a task's training minimises.
         evaluate: (model, test images, number of IND classes, precision) -> figures.
+        remark: figures -> what the user should know about them, or nothing.
     """
 
     build: Callable[[Task], nn.Module]
     objective: Callable[[Task], Objective]
     evaluate: Callable[..., dict[str, float]]
+    remark: Callable[[dict[str, float]], str] = lambda figures: ""
 
 
 STAGES = {
     "train_classifier": Stage(build_classifier, lambda task: ClassifierObjective(task.augment), evaluate_classifier),
-    "train_cvae": Stage(build_cvae, lambda task: CVAEObjective(task.kl_weight), evaluate_cvae),
+    "train_cvae": Stage(build_cvae, lambda task: CVAEObjective(task.kl_weight), evaluate_cvae, collapse_remark),
 }

@@ -50,3 +50,13 @@ def evaluate_cvae(model: ConditionalVAE, data: Images, num_ind: int, precision: 
     latents = torch.cat([mean, model.embed(data.labels)], 1)
     squares = (in_chunks(lambda part: model.decode(*part.chunk(2, 1)), latents, precision) - to_float(data.images)) ** 2
     return {"mse": squares.mean().item(), "kl_nats": kl_divergence(mean, logvar).mean().item()}
+
+
+COLLAPSED = 0.1  # nats: below, the latents tell nothing of the image
+
+
+def collapse_remark(figures: dict[str, float]) -> str:
+    """What to do about a posterior that carries no information, or nothing."""
+    if figures["kl_nats"] >= COLLAPSED:
+        return ""
+    return "\nThe posterior has collapsed: the decoder ignores its latents. Try --warmup 200 or another --seed"
