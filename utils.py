@@ -196,7 +196,7 @@ def environment(device) -> dict:
         hardware = f"{cpu_name()}, {torch.get_num_threads()} threads"
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "device": str(device),
         "hardware": hardware,
     }
