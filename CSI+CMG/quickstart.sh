@@ -9,4 +9,4 @@ cd CSI+CMG
 "$python" -m train --mode sup_simclr_CSI --dataset digits --width 8 --epochs 30 --warmup 2 --batch_size 32 --lr 3 --device cpu
 "$python" -m train --mode sup_CSI_linear --dataset digits --epochs 20 --batch_size 32 --device cpu
 "$python" -m eval --mode all --dataset digits --device cpu
-"$python" -m main --dataset digits --lr 1e-3 --device cpu
+"$python" -m main --dataset digits --device cpu

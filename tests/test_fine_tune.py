@@ -10,11 +10,14 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
+import eval
+import training.fine_tune as fine_tune_module
 from datasets.datasetsHelper import Images, to_float
+from evaluation.scores import SCORES
 from models.main_model import Head
 from models.vae import decode_pseudo_ood, draw_codes
 from training.fine_tune import FeatureBank, FineTuneConfig, PseudoOOD, fine_tune
-from training.stage2 import Stage2Data, run_rows, run_stage2, split_model
+from training.stage2 import TUNABLE, Stage2Data, run_rows, run_stage2, split_model
 from utils import generator
 
 # A run beside others and the same run alone, or as a plain loop, differ by the rounding of batched products only.
@@ -303,3 +306,8 @@ def test_rows_report_the_last_the_validated_and_the_best_check(head, bank, pseud
             assert figures["max", name] == max(check.auroc[name] for check in run.curve)
         assert [row["at"] for row in ind] == ["last", "validated"]
         assert ind[0]["accuracy"] == run.curve[-1].accuracy
+
+
+def test_the_names_eval_offers_are_those_there_are():
+    assert set(eval.MODE_NAMES) == set(fine_tune_module.MODES) == set(SCORES)
+    assert eval.TUNED == tuple(TUNABLE)
