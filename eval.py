@@ -18,6 +18,7 @@ from datasets.tasks import add_data_arguments, all_partitions, default_checkpoin
 from utils import (
     UserError,
     add_common_arguments,
+    changed_options,
     check_writable,
     number,
     pick_all,
@@ -29,6 +30,18 @@ from utils import (
 
 MODE_NAMES = ("CMG-energy", "CMG-softmax")
 TUNED = ("head", "last-layer")
+METHOD = (
+    "ood_dataset",
+    "epochs",
+    "batch_size",
+    "lr",
+    "sigma",
+    "check_every",
+    "margins",
+    "tune",
+    "anchor",
+    "pseudo_pool",
+)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -101,10 +114,9 @@ def get_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     from dataclasses import asdict
 
-    from datasets.datasetsHelper import load_ind, load_ood, split_validation
     from evaluation.report import format_ind_table, format_table
     from training.fine_tune import FineTuneConfig
-    from training.stage2 import Stage2Data, load_networks, make_detector, run_stage2
+    from training.stage2 import load_data, load_networks, make_detector, run_stage2
     from utils import environment, pick_device, pick_precision, write_json
 
     task_name, task, partition = task_from_arguments(args)
@@ -115,7 +127,9 @@ def main(args: argparse.Namespace) -> None:
         "train_classifier": args.params_dict_name or default_checkpoint(task_name, partition, "train_classifier"),
         "train_cvae": args.params_dict_name2 or default_checkpoint(task_name, partition, "train_cvae"),
     }
-    output = args.output or default_output(task_name, partition, modes, seeds)
+    output = args.output or default_output(
+        task_name, partition, modes, seeds, changed_options(args, get_parser(), METHOD)
+    )
     check_writable(output)
     if args.save_detector:
         if len(modes) * len(seeds) > 1:
@@ -138,12 +152,9 @@ def main(args: argparse.Namespace) -> None:
         precision=pick_precision(args.precision, device),
     )
     classifier, cvae, origins = load_networks(task, task_name, partition, paths, device)
-    train, test = load_ind(task, partition, args.data_dir)
-    train, validation = split_validation(train, origins["train_classifier"].get("val_fraction", 0.0))
-    ood = {name: load_ood(task, partition, name, args.data_dir).to(device) for name in ood_names}
-    data = Stage2Data(train.to(device), validation.to(device), test.to(device), ood)
-    counts = {"IND training": len(train), "IND validation": len(validation), "IND test": len(test)}
-    counts |= {name: len(images) for name, images in ood.items()}
+    made = {"the classifier": origins["train_classifier"], "the CVAE": origins["train_cvae"]}
+    data = load_data(task, partition, ood_names, args.data_dir, made, device)
+    counts = data.counts()
     print(
         f"{task_name} {partition} on {device} in {config.precision}: "
         + ", ".join(f"{n:,} {name}" for name, n in counts.items()),
@@ -172,9 +183,9 @@ def main(args: argparse.Namespace) -> None:
         print(f"wrote {args.save_detector}: OOD above {threshold:.6g}, which 95 % of the {images} images do not exceed")
 
 
-def default_output(task_name: str, partition: str, modes: list[str], seeds: list[int]) -> Path:
-    """results/TASK_PARTITION_MODES_seedSEEDS.json."""
-    return Path("results") / f"{task_name}_{partition}_{'+'.join(modes)}_seed{'-'.join(map(str, seeds))}.json"
+def default_output(task_name: str, partition: str, modes: list[str], seeds: list[int], changed: str) -> Path:
+    """results/TASK_PARTITION_MODES_seedSEEDS.json, with what was changed of the method before the dot."""
+    return Path("results") / f"{task_name}_{partition}_{'+'.join(modes)}_seed{'-'.join(map(str, seeds))}{changed}.json"
 
 
 if __name__ == "__main__":

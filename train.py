@@ -5,7 +5,7 @@
     python -m train --task custom --ind-dir birds      (birds/train/CLASS/IMAGE, birds/test/CLASS/IMAGE)
 
 writes a state dict to --params-dict-name and prints the network's figures on the IND test images. An interrupted
-run goes on when the same command is given again; several GPUs: torchrun --nproc_per_node=N -m train …
+run goes on when the same command is given again; several GPUs: torchrun --nproc_per_node=N -m -- train …
 """
 
 from __future__ import annotations
@@ -96,18 +96,18 @@ def train(args: argparse.Namespace, processes) -> None:
         seed=args.seed,
         precision=pick_precision(args.precision, device),
     )
+    training_images, test_images = load_ind(task, partition, args.data_dir)
+    training_images, _ = split_validation(training_images, args.val_fraction)
     what = {"command": args.command, "task": task_name, "partition": partition, "val_fraction": args.val_fraction}
+    what |= {"data": fingerprint(training_images)}
     origin = what | asdict(config)
-    decided = {key: value for key, value in origin.items() if key != "precision" or args.precision != "auto"}
-    if is_done(path, resume, decided, args.restart):
+    if is_done(path, resume, origin, args):
         if processes.is_main:
             print(f"{path} is complete already; --restart trains it anew")
         return
 
     if processes.is_main:
         remove_leftovers(path)
-    training_images, test_images = load_ind(task, partition, args.data_dir)
-    training_images, _ = split_validation(training_images, args.val_fraction)
     if args.log:
         check_writable(args.log)
     torch.manual_seed(derive_seed(args.seed, "initialisation", args.command))
@@ -125,7 +125,7 @@ def train(args: argparse.Namespace, processes) -> None:
         name=args.command,
         resume=resume,
         save_every=args.save_every,
-        identity=what | {"data": fingerprint(training_images)},
+        identity=what,
         log=args.log,
         watch=tensorboard_writer(args.tensorboard if processes.is_main else None),
     )

@@ -52,7 +52,7 @@ def run_command(main: Callable, parser: argparse.ArgumentParser, argv: list[str]
         print(f"{parser.prog}: {stop}", file=sys.stderr)
         return 128 + stop.signum
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted, nothing was written", file=sys.stderr)
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
 
@@ -115,6 +115,13 @@ def pick_all(flag: str, names: list[str], known: Sequence[str], task_name: str) 
         if name not in (*known, "all"):
             raise UserError(f"{flag} {name}: {task_name} has {', '.join(known)}")
     return list(known) if "all" in names else list(dict.fromkeys(names))
+
+
+def changed_options(args: argparse.Namespace, parser: argparse.ArgumentParser, names: Sequence[str]) -> str:
+    """What was given otherwise than by default, for names of files: "_lr-0.001_margins-0.3-0.7", or nothing."""
+    changed = {name: getattr(args, name) for name in names if getattr(args, name) != parser.get_default(name)}
+    lists = {name: value if isinstance(value, list) else [value] for name, value in changed.items()}
+    return "".join(f"_{name}-{'-'.join(map(str, values))}" for name, values in lists.items())
 
 
 # --- seeds --------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from csi.options import DATASETS, ROOT, add_csi_arguments, default_checkpoint
-from utils import check_writable, pick_all, run_command
+from utils import changed_options, check_writable, pick_all, run_command
 
 # mode -> (which rows, which view)
 MODES = {
@@ -50,7 +50,12 @@ def main(args: argparse.Namespace) -> None:
     chosen = [MODES[mode] for mode in pick_all("--mode", args.mode, list(MODES), args.dataset)]
     names = pick_all("--ood-dataset", args.ood_dataset, data.task.ood_datasets, args.dataset)
     path = args.load_path or default_checkpoint(args.dataset, "sup_CSI_linear")
-    output = args.output or ROOT / "results" / f"csi_{args.dataset}_eval.json"
+    output = (
+        args.output
+        or ROOT
+        / "results"
+        / f"csi_{args.dataset}_eval{changed_options(args, get_parser(), ('mode', 'ood_dataset'))}.json"
+    )
     check_writable(output)
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)

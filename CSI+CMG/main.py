@@ -16,7 +16,18 @@ from pathlib import Path
 
 from csi.options import DATASETS, ROOT, add_csi_arguments, default_checkpoint
 from datasets import tasks
-from utils import UserError, check_writable, pick_all, positive_float, positive_int, run_command, seed_number
+from utils import (
+    UserError,
+    changed_options,
+    check_writable,
+    pick_all,
+    positive_float,
+    positive_int,
+    run_command,
+    seed_number,
+)
+
+METHOD = ("ood_dataset", "epochs", "batch_size", "lr", "check_every", "train_bn1")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -50,10 +61,9 @@ def main(args: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from csi.network import load_finished
-    from datasets.datasetsHelper import load_ind, load_ood, split_validation
     from evaluation.report import format_ind_table, format_table
     from training.fine_tune import FineTuneConfig
-    from training.stage2 import Stage2Data, load_stage1
+    from training.stage2 import load_data, load_stage1
     from utils import environment, pick_device, pick_precision, write_json
 
     data = DATASETS[args.dataset]
@@ -62,7 +72,8 @@ def main(args: argparse.Namespace) -> None:
     seeds = list(dict.fromkeys(args.seeds))
     csi_path = args.params_dict_name or default_checkpoint(args.dataset, "sup_CSI_linear")
     cvae_path = args.params_dict_name2 or ROOT / tasks.default_checkpoint(data.task_name, partition, "train_cvae")
-    output = args.output or ROOT / "results" / f"csi_cmg_{args.dataset}_seed{'-'.join(map(str, seeds))}.json"
+    changed = changed_options(args, get_parser(), METHOD)
+    output = args.output or ROOT / "results" / f"csi_cmg_{args.dataset}_seed{'-'.join(map(str, seeds))}{changed}.json"
     check_writable(output)
     device = pick_device(args.device)
     config = FineTuneConfig(
@@ -81,16 +92,9 @@ def main(args: argparse.Namespace) -> None:
             f"{cvae_path}: no such file; it should hold the CVAE. Make it with, in the root: python -m train {options}"
         )
     cvae, cvae_origin = load_stage1("train_cvae", task, data.task_name, partition, cvae_path, device)
-    kept = [origin.get("val_fraction", 0.0) for origin in (csi_origin, cvae_origin)]
-    if kept[0] != kept[1]:
-        raise UserError(f"CSI was trained with --val-fraction {kept[0]}, the CVAE with {kept[1]}: train both alike")
-
-    train, test = load_ind(task, partition, args.data_dir)
-    train, validation = split_validation(train, kept[0])
-    ood = {name: load_ood(task, partition, name, args.data_dir).to(device) for name in names}
-    images = Stage2Data(train.to(device), validation.to(device), test.to(device), ood)
-    counts = {"IND training": len(train), "IND validation": len(validation), "IND test": len(test)}
-    counts |= {name: len(pictures) for name, pictures in ood.items()}
+    origins = {"CSI": csi_origin, "the CVAE": cvae_origin}
+    images = load_data(task, partition, names, args.data_dir, origins, device)
+    counts = images.counts()
     print(
         f"{args.dataset} on {device} in {config.precision}: "
         + ", ".join(f"{n:,} {name}" for name, n in counts.items()),

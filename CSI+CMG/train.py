@@ -97,16 +97,17 @@ def train(args: argparse.Namespace, processes) -> None:
     model, what = build(args, data.classes)
     # The schedule depends on the number of epochs: unlike a constant rate it cannot be continued beyond them.
     what |= {"command": args.mode, "dataset": args.dataset, "total_epochs": config.epochs}
+    training_images, test_images = load_ind(data.task, data.partition, args.data_dir)
+    training_images, _ = split_validation(training_images, what["val_fraction"])
+    what |= {"data": fingerprint(training_images)}
     origin = what | asdict(config)
-    if is_done(path, resume, origin, args.restart):
+    if is_done(path, resume, origin, args):
         if processes.is_main:
             print(f"{path} is complete already; --restart trains it anew")
         return
 
     if processes.is_main:
         remove_leftovers(path)
-    training_images, test_images = load_ind(data.task, data.partition, args.data_dir)
-    training_images, _ = split_validation(training_images, what["val_fraction"])
     if 0 < len(training_images) % config.batch_size < processes.world:
         raise UserError(
             f"--batch_size {config.batch_size}: the last batch of an epoch has fewer images than there are processes "
@@ -128,7 +129,7 @@ def train(args: argparse.Namespace, processes) -> None:
         name=args.mode,
         resume=resume,
         save_every=args.save_every,
-        identity=what | {"data": fingerprint(training_images)},
+        identity=what,
         log=args.log,
         watch=tensorboard_writer(args.tensorboard if processes.is_main else None),
     )

@@ -1,10 +1,11 @@
 """What decides how stage 2 ends: the method and variants of it, on the same checkpoints, as one Markdown table.
 
-    python -m benchmarks.findings --task same_dataset_mnist --partition partition1 --seeds 1 2 3 --pseudo-pool 12000
+    python -m benchmarks.findings --task same_dataset_mnist --partition partition1 --seeds 1 2 3
 
-Every variant changes one thing. AUROC in per cent, mean ± standard deviation over the seeds of stage 2: before the
-first step, the best of the checks and the step it was seen at, after the last step, and, where IND images were kept
-from training, at the step chosen on them. The table goes to the terminal, everything behind it to a JSON file.
+Every variant changes one thing; with --pseudo-pool all of them, the method too, draw from a pool, which is quicker.
+AUROC in per cent, mean ± standard deviation over the seeds of stage 2: before the first step, the best of the checks
+and the step it was seen at, at the step chosen on IND images where some were kept from training, after the last step.
+The table goes to the terminal, everything behind it to a JSON file.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ from utils import add_common_arguments, check_writable, number, positive_int, ru
 
 @dataclass(frozen=True)
 class Variant:
-    """A change to the method: of its configuration, and of the part that is tuned."""
+    """A change to the method: of its configuration, of the part that is tuned, of the task's sigma."""
 
     config: dict = field(default_factory=dict)
     tune: str = "head"
+    sigma_factor: float = 1.0
 
 
 VARIANTS = {
@@ -40,8 +42,9 @@ VARIANTS = {
     "anchor 0.1": Variant({"anchor": 0.1}),
     "learning rate 1e-5": Variant({"learning_rate": 1e-5}),
     "margins 0.95, 0.05": Variant({"ind_quantile": 0.95, "pseudo_quantile": 0.05}),
-    "sigma / 3": Variant({"sigma": 1 / 3}),
-    "sigma * 5/3": Variant({"sigma": 5 / 3}),
+    "sigma / 3": Variant(sigma_factor=1 / 3),
+    "sigma * 5/3": Variant(sigma_factor=5 / 3),
+    "pool of 12,000": Variant({"pseudo_pool": 12_000}),
 }
 
 
@@ -63,9 +66,8 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    from datasets.datasetsHelper import load_ind, load_ood, split_validation
     from training.fine_tune import MODES, FineTuneConfig
-    from training.stage2 import Stage2Data, load_networks, run_stage2
+    from training.stage2 import load_data, load_networks, run_stage2
     from utils import environment, pick_device, pick_precision, write_json
 
     task_name, task, partition = task_from_arguments(args)
@@ -75,10 +77,8 @@ def main(args: argparse.Namespace) -> None:
     given = {"train_classifier": args.params_dict_name, "train_cvae": args.params_dict_name2}
     paths = {command: given[command] or default_checkpoint(task_name, partition, command) for command in COMMANDS}
     classifier, cvae, origins = load_networks(task, task_name, partition, paths, device)
-    train, test = load_ind(task, partition, args.data_dir)
-    train, validation = split_validation(train, origins["train_classifier"].get("val_fraction", 0.0))
-    ood = {name: load_ood(task, partition, name, args.data_dir).to(device) for name in task.ood_datasets}
-    data = Stage2Data(train.to(device), validation.to(device), test.to(device), ood)
+    made = {"the classifier": origins["train_classifier"], "the CVAE": origins["train_cvae"]}
+    data = load_data(task, partition, task.ood_datasets, args.data_dir, made, device)
     method = FineTuneConfig(
         num_ind=len(task.partitions[partition]),
         epochs=args.epochs or task.fine_tune_epochs,
@@ -92,20 +92,19 @@ def main(args: argparse.Namespace) -> None:
     results = {}
     for name in args.variants:
         variant = VARIANTS[name]
-        config = replace(method, **variant.config)
-        if "sigma" in variant.config:  # given as a factor, since tasks differ
-            config = replace(config, sigma=method.sigma * variant.config["sigma"])
+        config = replace(method, sigma=method.sigma * variant.sigma_factor, **variant.config)
         start = time.monotonic()
         result = run_stage2(classifier, cvae, data, config, list(MODES), args.seeds, variant.tune)
         taken = time.monotonic() - start
         results[name] = {"config": asdict(config), "seconds": round(taken, 1), "runs": result["runs"]}
-        if not variant.config and variant.tune == "head":
-            results["untouched"] = result["detection"][:2]
+        results["untouched"] = [row for row in result["detection"] if row["at"] == "untouched"]
         print(f"{name}: {taken:.0f} s", flush=True)
     about = {"task": task_name, "partition": partition, "seeds": args.seeds, "environment": environment(device)}
     about |= {"checkpoints": origins, "command": " ".join(["python -m benchmarks.findings", *args.argv])}
     write_json(output, about | {"results": results})
-    print(f"\n{markdown(results)}\n\nwrote {output}")
+    made = f"a pool of {method.pseudo_pool:,}" if method.pseudo_pool else "fresh in every step"
+    print(f"\n{task_name} {partition}, {method.epochs} epochs, seeds {args.seeds}, pseudo-OOD images {made}\n")
+    print(f"{markdown(results)}\n\nwrote {output}")
 
 
 def markdown(results: dict) -> str:
@@ -130,7 +129,7 @@ def columns(runs: list[dict]) -> list[list[tuple[float, int | None]]]:
     for run in runs:
         curve = [(check["auroc"][ood], check["step"]) for check in run["curve"]]
         found[0].append((curve[0][0], None))
-        found[1].append(max(curve))
+        found[1].append(max(curve, key=lambda point: (point[0], -point[1])))
         found[2] += [point for point in curve if point[1] == run["validated_step"]]
         found[3].append((curve[-1][0], None))
     return found

@@ -98,13 +98,22 @@ def split_validation(data: Images, fraction: float) -> tuple[Images, Images]:
 
     The choice depends on nothing but the labels and the fraction: both training commands and stage 2 hold out
     the same images, whatever their seeds.
+
+    Raises:
+        UserError: a class would be kept whole, or not at all.
     """
     held = torch.zeros(len(data), dtype=torch.bool)
     if fraction:
         for label in data.labels.unique().tolist():
             members = (data.labels == label).nonzero().flatten()
+            count = round(fraction * len(members))
+            if not 0 < count < len(members):
+                raise UserError(
+                    f"--val-fraction {fraction}: keeps {count} of the {len(members)} training images of class {label}; "
+                    "expected at least one and not all"
+                )
             order = torch.randperm(len(members), generator=generator(0, "validation", label))
-            held[members[order[: round(fraction * len(members))]]] = True
+            held[members[order[:count]]] = True
     return data.at(~held), data.at(held)
 
 

@@ -60,6 +60,7 @@ class Task:
         check_every: optimizer steps of stage 2 between two evaluations.
         augment: random crop and flip while the classifier trains.
         folders: the data sets that are the user's own, by name; names not found here are keys of `READERS`.
+        options: of the command line that make this task, where --task and --partition alone do not.
     """
 
     dataset: str
@@ -78,7 +79,20 @@ class Task:
     fine_tune_epochs: int = 15
     augment: bool = False
     folders: Mapping[str, UserFolder] = field(default_factory=dict)
+    options: tuple[str, ...] = ()
 
+    def class_names(self, partition: str) -> tuple[int | str, ...]:
+        """The IND classes in the order of the logits: names of the user's folders, or numbers in the data set."""
+        numbers = self.partitions[partition]
+        folder = self.folders.get(self.dataset)
+        return tuple(folder.classes[k] for k in numbers) if folder else numbers
+
+
+# Stride and depth tie each family of networks to an image size; either takes grey and colour images.
+FAMILIES = {
+    28: {"networks": "mnist", "sigma": 3.0, "epochs": {"train_classifier": 100, "train_cvae": 100}},
+    32: {"networks": "cifar10", "sigma": 5.0, "epochs": {"train_classifier": 200, "train_cvae": 200}, "augment": True},
+}
 
 MNIST = Task(
     dataset="mnist",
@@ -86,11 +100,9 @@ MNIST = Task(
     ood_datasets=(HELD_OUT,),
     image_channels=1,
     image_size=28,
-    networks="mnist",
     logits=11,
-    sigma=3.0,
-    epochs={"train_classifier": 100, "train_cvae": 100},
     check_every=20,
+    **FAMILIES[28],
 )
 
 TASKS: dict[str, Task] = {
@@ -133,12 +145,9 @@ TASKS: dict[str, Task] = {
         ood_datasets=(HELD_OUT,),
         image_channels=3,
         image_size=32,
-        networks="cifar10",
         logits=11,
-        sigma=5.0,
-        epochs={"train_classifier": 200, "train_cvae": 200},
         check_every=20,
-        augment=True,
+        **FAMILIES[32],
     ),
     "different_dataset": Task(
         dataset="cifar10",
@@ -146,12 +155,9 @@ TASKS: dict[str, Task] = {
         ood_datasets=OOD_OF_CIFAR10,
         image_channels=3,
         image_size=32,
-        networks="cifar10",
         logits=110,
-        sigma=5.0,
-        epochs={"train_classifier": 200, "train_cvae": 200},
         check_every=100,
-        augment=True,
+        **FAMILIES[32],
     ),
 }
 
@@ -181,12 +187,6 @@ def default_checkpoint(task_name: str, partition: str, command: str) -> Path:
 
 
 # --- the user's own images ----------------------------------------------------------------------
-
-# Stride and depth tie each family of networks to an image size; either takes grey and colour.
-FAMILIES = {
-    28: {"networks": "mnist", "sigma": 3.0, "epochs": {"train_classifier": 100, "train_cvae": 100}},
-    32: {"networks": "cifar10", "sigma": 5.0, "epochs": {"train_classifier": 200, "train_cvae": 200}, "augment": True},
-}
 
 
 def custom_task(ind_dir: Path, ood_dirs: Sequence[Path] = (), image_size: int = 32, image_channels: int = 3) -> Task:
@@ -219,9 +219,16 @@ def custom_task(ind_dir: Path, ood_dirs: Sequence[Path] = (), image_size: int = 
         embedded_classes=len(classes),
         check_every=20,
         folders={name: UserFolder(ind_dir, classes)},
+        options=custom_options(ind_dir, image_size, image_channels),
         **FAMILIES[image_size],
     )
     return with_ood_folders(task, ood_dirs)
+
+
+def custom_options(ind_dir: Path, image_size: int, image_channels: int) -> tuple[str, ...]:
+    """The options that make a task of the user's own images."""
+    grey = ("--grey",) if image_channels == 1 else ()
+    return ("--task", CUSTOM, "--ind-dir", str(ind_dir), "--image-size", str(image_size), *grey)
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable
 
-from pytorch_ood.detector import EnergyBased, MaxSoftmax
 from torch import Tensor
 
 from evaluation.metrics import accuracy, detection_metrics, expected_calibration_error
+from evaluation.scores import energy, msp_score
 
 POSITIVE_CLASS = "OOD is the positive class; a larger score means more likely OOD"
 
 # Scores of the untouched classifier, over all its logits.
-BASELINES: dict[str, Callable[[Tensor], Tensor]] = {"MSP": MaxSoftmax.score, "energy": EnergyBased.score}
+BASELINES: dict[str, Callable[[Tensor], Tensor]] = {"MSP": msp_score, "energy": energy}
 
 
 def ind_figures(logits: Tensor, labels: Tensor, num_ind: int) -> dict[str, float]:
@@ -65,6 +65,23 @@ def merge_seeds(rows: list[dict], keys: list[str], figures: Iterable[str]) -> li
     return [
         [*key, *(mean_and_sd([row[f] for row in members if f in row]) for f in figures)]
         for key, members in groups.items()
+    ]
+
+
+def mean_over_seeds(rows: list[dict]) -> list[dict]:
+    """Rows that differ in their seed and figures alone as one row of the means."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        name = {key: value for key, value in row.items() if key != "seed" and not isinstance(value, float)}
+        groups.setdefault(tuple(name.items()), []).append(row)
+    return [
+        dict(name)
+        | {
+            key: statistics.mean(row[key] for row in members)
+            for key in members[0]
+            if key not in dict(name) | {"seed": 0}
+        }
+        for name, members in groups.items()
     ]
 
 

@@ -22,8 +22,16 @@ def energy_score(logits: Tensor, num_ind: int) -> Tensor:
 
 
 def softmax_score(logits: Tensor, num_ind: int) -> Tensor:
-    """CMG-softmax: probability of the OOD slot among the IND logits and itself, [..., C] -> [...]."""
-    return logits[..., : num_ind + 1].softmax(dim=-1)[..., num_ind]
+    """CMG-softmax: probability of the OOD slot among the IND logits and itself, [..., C] -> [...].
+
+    In fp64, as every probability here: in fp32 those of confident images all round to 1 and lose their order.
+    """
+    return logits[..., : num_ind + 1].double().softmax(dim=-1)[..., num_ind]
+
+
+def msp_score(logits: Tensor) -> Tensor:
+    """1 - the largest softmax probability, [..., C] -> [...] (Hendrycks and Gimpel, ICLR 2017)."""
+    return 1 - logits.double().softmax(dim=-1).amax(dim=-1)
 
 
 SCORES: dict[str, Callable[[Tensor, int], Tensor]] = {"CMG-energy": energy_score, "CMG-softmax": softmax_score}

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from utils import UserError, run_command
 
+KEYS = ("task", "partition", "config", "seeds", "detection", "ind")
+
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -22,22 +24,31 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    from evaluation.report import format_ind_table, format_table
+    from evaluation.report import format_ind_table, format_table, mean_over_seeds
 
     results = [read_result(path) for path in args.results]
-    tasks = {result["task"] for result in results}
-    if len(tasks) > 1:
-        raise UserError(f"results of different tasks ({', '.join(sorted(tasks))}) have no mean: name those of one")
-    print(f"Mean ± standard deviation over {len(results)} results of {tasks.pop()}\n")
-    print(format_table([row for result in results for row in result["detection"]]))
-    print(f"\n{format_ind_table([row for result in results for row in result['ind']])}")
+    first, seen = results[0], set()
+    for path, result in zip(args.results, results, strict=True):
+        for key in ("task", "config"):
+            if result[key] != first[key]:
+                raise UserError(
+                    f"{path} is of another {key} than {args.results[0]}: there is no mean of unlike results"
+                )
+        runs = {(result["partition"], seed) for seed in result["seeds"]}
+        if runs & seen:
+            partition, seed = min(runs & seen)
+            raise UserError(f"{path}: {partition} with seed {seed} is in a file before it: name each result once")
+        seen |= runs
+    print(f"Mean ± standard deviation over {len(results)} results of {first['task']}, each the mean of its seeds\n")
+    print(format_table([row for result in results for row in mean_over_seeds(result["detection"])]))
+    print(f"\n{format_ind_table([row for result in results for row in mean_over_seeds(result['ind'])])}")
 
 
 def read_result(path: Path) -> dict:
     """A result of eval. Raises `UserError` when the file is missing or is something else."""
     try:
         result = json.loads(path.read_text())
-        return {key: result[key] for key in ("task", "detection", "ind")}
+        return {key: result[key] for key in KEYS}
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected a JSON file that python -m eval wrote") from None
     except (ValueError, KeyError, TypeError):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.layers import NARROW, ResidualBlock, ResNet18, count_features
+from models.layers import EXTRACTORS, NARROW, ResidualBlock, count_features
 
 HIDDEN = 1024
 
@@ -68,9 +68,9 @@ class ResidualDecoder(nn.Module):
 
 NETWORKS = {
     "mnist": (PlainEncoder, PlainDecoder),
-    "cifar10": (lambda image_channels, image_size: ResNet18(image_channels), ResidualDecoder),
+    "cifar10": (lambda image_channels, image_size: EXTRACTORS["cifar10"](image_channels), ResidualDecoder),
     "narrow": (
-        lambda image_channels, image_size: ResNet18(image_channels, NARROW),
+        lambda image_channels, image_size: EXTRACTORS["narrow"](image_channels),
         partial(ResidualDecoder, width=8 * NARROW),
     ),
 }

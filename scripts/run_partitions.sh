@@ -1,6 +1,7 @@
 # Sourced by run_*.sh: train and evaluate every partition of a task, skipping what is done, then print the means.
 #   run_task TASK PARTITION…
 # From the environment: DEVICE, SEED (123), DATA_DIR (datasets), TRAIN_ARGS and EVAL_ARGS (further options).
+[ -z "${DATA_DIR:-}" ] || DATA_DIR=$(realpath -m "$DATA_DIR")
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 SEED=${SEED:-123}
 common=(--data-dir "${DATA_DIR:-datasets}" ${DEVICE:+--device "$DEVICE"})
@@ -14,7 +15,8 @@ run_task() {
             "$python" -m train --task "$task" --partition "$partition" --command "$command" \
                 --params-dict-name "ckpt/${name}_${command#train_}_seed$SEED.pkl" --seed "$SEED" "${common[@]}" ${TRAIN_ARGS:-}
         done
-        local result="results/${name}_seed$SEED.json"
+        # Other options make other results, under another name.
+        local result="results/${name}_seed$SEED${EVAL_ARGS:+_$(cksum <<<"$EVAL_ARGS" | cut -d' ' -f1)}.json"
         if [ ! -f "$result" ]; then
             "$python" -m eval --task "$task" --partition "$partition" --mode all --ood-dataset all --seed "$SEED" \
                 --params-dict-name "ckpt/${name}_classifier_seed$SEED.pkl" \

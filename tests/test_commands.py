@@ -137,7 +137,7 @@ def test_every_task_from_images_to_figures(task, images, workplace, capsys):
     assert run(eval, *common, "--seeds", 1, 2) == 0
     printed = parse_table(capsys.readouterr().out)
     (file,) = Path("results").iterdir()
-    assert file.name == f"{task}_{partition}_CMG-energy+CMG-softmax_seed1-2.json"
+    assert file.name == f"{task}_{partition}_CMG-energy+CMG-softmax_seed1-2_epochs-1.json"
     results = json.loads(file.read_text())
     detection = expected_table(
         results["detection"], ["ood_dataset", "method", "at"], ["auroc", "fpr95", "aupr_out", "aupr_in"]

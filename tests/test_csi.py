@@ -16,8 +16,9 @@ from csi.augmentation import RandomAugmentation, joint_labels, make_views, rotat
 from csi.loss import supervised_contrastive
 from csi.network import Bn1AndLinear, CSINet, load_csi
 from csi.optimizers import LARS, Together, step_decay, warmup_cosine
-from csi.scores import baseline_score, marginalise, rotation_ensemble, single_view
+from csi.scores import marginalise, rotation_ensemble, single_view
 from csi.stages import STAGES, LinearLayers, Representation
+from evaluation.scores import msp_score
 from utils import UserError, save_checkpoint
 
 
@@ -385,8 +386,8 @@ def test_views_of_a_network_equal_single_images():
             torch.testing.assert_close(ensemble[i], total / 4, rtol=1e-4, atol=1e-4)
 
 
-def test_baseline_score_keeps_the_order_of_confident_images():
-    scores = baseline_score(torch.tensor([[0.0, 0.0], [0.0, math.log(3)], [0.0, 20.0], [0.0, 25.0]]))
+def test_msp_score_keeps_the_order_of_confident_images():
+    scores = msp_score(torch.tensor([[0.0, 0.0], [0.0, math.log(3)], [0.0, 20.0], [0.0, 25.0]]))
     torch.testing.assert_close(scores[:2], torch.tensor([0.5, 0.25], dtype=torch.float64))
     assert scores[2] > scores[3] > 0
 

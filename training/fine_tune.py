@@ -22,7 +22,7 @@ from evaluation.scores import SCORES, energy
 from models.vae import Codes, ConditionalVAE, decode_pseudo_ood, draw_codes
 from training.inference import CHUNK
 from training.losses import energy_loss, order_statistic, softmax_loss
-from utils import Progress, autocast, generator
+from utils import Progress, UserError, autocast, generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,13 +130,15 @@ class PseudoOOD:
         return draw_codes(count, self.num_ind, self.vae.z_dim, generator)
 
     @torch.no_grad()
-    def encode(self, codes: Codes) -> Tensor:
+    def encode(self, codes: Codes, progress: Progress | None = None) -> Tensor:
         """Features [N, F] of the images of N codes."""
-        parts = []
+        parts, chunk = [], CHUNK[self.device.type]
         with autocast(self.device, self.precision):
-            for start in range(0, len(codes.first), CHUNK):
-                images = decode_pseudo_ood(self.vae, codes.rows(start, start + CHUNK).to(self.device), self.sigma)
+            for start in range(0, len(codes.first), chunk):
+                images = decode_pseudo_ood(self.vae, codes.rows(start, start + chunk).to(self.device), self.sigma)
                 parts.append(self.features(images.float()).float())
+                if progress:
+                    progress.advance(len(images))
         return torch.cat(parts)
 
 
@@ -191,10 +193,13 @@ class HeadStack:
         return {name: p.detach()[k].clone() for name, p in self.parameters.items()}
 
 
+HEAD_CHUNK = 4096  # images at once through a head, whose features may be many
+
+
 @torch.no_grad()
 def head_logits(head: nn.Module, parameters: dict[str, Tensor], features: Tensor) -> Tensor:
     """Logits [N, C] of `head` with the given parameters, in fp32."""
-    return torch.cat([functional_call(head, parameters, (part,)) for part in features.split(CHUNK)])
+    return torch.cat([functional_call(head, parameters, (part,)) for part in features.split(HEAD_CHUNK)])
 
 
 def fine_tune(
@@ -256,8 +261,10 @@ def fine_tune(
 def _loss(stacks, ind_features, labels, pseudo_features, margins, config) -> Tensor:
     """Sum of the losses of all heads, whose gradients do not meet: features [S, B, F], labels [S, B]."""
     total = 0
+    features, sizes = torch.cat([ind_features, pseudo_features], 1), [ind_features.shape[1], pseudo_features.shape[1]]
     for mode, stack in stacks.items():
-        losses = MODES[mode].loss(stack(ind_features), labels, stack(pseudo_features), margins, config)
+        ind_logits, pseudo_logits = stack(features).split(sizes, 1)
+        losses = MODES[mode].loss(ind_logits, labels, pseudo_logits, margins, config)
         if config.anchor:
             losses = losses + config.anchor * stack.distance()
         total = total + losses.sum()
@@ -272,9 +279,11 @@ def find_margins(
     start = dict(head.named_parameters())
     m_in = order_statistic(energy(head_logits(head, start, bank.train)), config.ind_quantile)
     m_out = []
+    progress = Progress(len(seeds) * len(bank.train), "margins")
     for seed in seeds:
-        features = pseudo.encode(pseudo.draw(len(bank.train), generator(seed, "margins")))
+        features = pseudo.encode(pseudo.draw(len(bank.train), generator(seed, "margins")), progress)
         m_out.append(order_statistic(energy(head_logits(head, start, features)), config.pseudo_quantile))
+    progress.close()
     return Margins(m_in.expand(len(seeds)).clone(), torch.stack(m_out).clone())
 
 
@@ -338,6 +347,11 @@ class Checker:
                 return MODES[mode].score(head_logits(self.head, parameters, features), self.config.num_ind)
 
             logits = head_logits(self.head, parameters, self.bank.test)
+            if not torch.isfinite(logits).all():
+                raise UserError(
+                    f"{mode}, seed {run.seed}: the logits are not finite after step {step}: "
+                    "lower --lr, or use --precision fp32"
+                )
             ind_scores = MODES[mode].score(logits, self.config.num_ind)
             figures = {name: auroc(ind_scores, score(features)) for name, features in self.bank.ood.items()}
             validation = auroc(score(self.bank.validation), score(self.fresh[s])) if self.fresh else None

@@ -7,13 +7,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from utils import autocast
+from utils import Progress, autocast
 
-CHUNK = 2048  # images: enough to keep any device busy, little enough for its memory
+# Images at once: what keeps a GPU busy; what a processor holds in its caches (2,048 are 1.6 times slower there).
+CHUNK = {"cuda": 2048, "cpu": 128}
 
 
 @torch.no_grad()
-def in_chunks(function: Callable[..., Tensor], inputs: Tensor, precision: str, chunk: int = CHUNK) -> Tensor:
+def in_chunks(
+    function: Callable[..., Tensor], inputs: Tensor, precision: str, progress: Progress | None = None
+) -> Tensor:
     """`function` of consecutive chunks of `inputs` under autocast, as one fp32 tensor."""
+    outputs = []
     with autocast(inputs.device, precision):
-        return torch.cat([function(part).float() for part in inputs.split(chunk)])
+        for part in inputs.split(CHUNK[inputs.device.type]):
+            outputs.append(function(part).float())
+            if progress:
+                progress.advance(len(part))
+    return torch.cat(outputs)

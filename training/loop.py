@@ -136,8 +136,15 @@ def _run_epoch(network, optimizer, data, objective, config, processes, state, pr
         rows, weight = processes.share(torch.arange(start, stop_row, device=device))
         batch = data.at(order[rows])
         torch.manual_seed(derive_seed(config.seed, "dropout", epoch, step, processes.rank))
-        with autocast(device, config.precision):
-            means = objective(network, batch.images, batch.labels, *(d[rows] for d in draws))
+        try:
+            with autocast(device, config.precision):
+                means = objective(network, batch.images, batch.labels, *(d[rows] for d in draws))
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                f"a batch of {len(rows)} image cannot be normalised: choose a --batch-size with a larger last batch"
+            ) from None
         if schedule:
             for group in optimizer.param_groups:
                 group["lr"] = schedule(state.step / state.steps_per_epoch)

@@ -10,7 +10,7 @@ import glob
 from collections.abc import Callable
 from pathlib import Path
 
-from utils import UserError, load_checkpoint, positive_int
+from utils import UserError, check_writable, load_checkpoint, positive_int
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,19 +24,22 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensorboard", type=Path, help="write the same figures there for TensorBoard")
 
 
-def is_done(path: Path, resume: Path, origin: dict, restart: bool) -> bool:
-    """Whether `path` holds the result of this very run already; with `restart`, forget what is there.
+def is_done(path: Path, resume: Path, origin: dict, args: argparse.Namespace) -> bool:
+    """Whether `path` holds the result of this very run already; with --restart, forget what is there.
+
+    With --precision auto, a result in either precision will do.
 
     Raises:
         UserError: it holds something else, which would be lost.
     """
-    if restart:
+    if args.restart:
         resume.unlink(missing_ok=True)
         return False
     if resume.exists() or not path.is_file():
         return False
     theirs = getattr(load_checkpoint(path), "origin", {})
-    differ = [f"{key} was {theirs.get(key)}, is {value}" for key, value in origin.items() if theirs.get(key) != value]
+    decided = {key: value for key, value in origin.items() if key != "precision" or args.precision != "auto"}
+    differ = [f"{key} was {theirs.get(key)}, is {value}" for key, value in decided.items() if theirs.get(key) != value]
     if differ:
         raise UserError(
             f"{path} exists and was made otherwise ({'; '.join(differ)}). "
@@ -59,6 +62,7 @@ def tensorboard_writer(folder: Path | None) -> Callable[[dict], None]:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--tensorboard: tensorboard is not installed; pip install tensorboard, or use --log") from None
+    check_writable(folder / "events")
     writer = SummaryWriter(folder)
 
     def write(line: dict) -> None:

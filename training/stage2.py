@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from datasets.datasetsHelper import Images, to_float
+from datasets.datasetsHelper import Images, load_ind, load_ood, split_validation, to_float
 from datasets.tasks import COMMANDS, Task
 from evaluation.detector import Detector, DetectorConfig, acceptance_threshold
 from evaluation.report import BASELINES, detection_row, ind_figures
@@ -22,16 +22,15 @@ from models.vae import ConditionalVAE
 from training.checkpoints import load_network
 from training.fine_tune import MODES, FeatureBank, FineTuneConfig, PseudoOOD, Run, fine_tune, head_logits
 from training.inference import in_chunks
+from training.loop import fingerprint
 from training.stages import STAGES
-from utils import UserError
+from utils import Progress, UserError
 
 
-def train_command(command: str, task_name: str, partition: str, path: Path) -> str:
+def train_command(command: str, task: Task, task_name: str, partition: str, path: Path) -> str:
     """What to type to make a checkpoint."""
-    return (
-        f"python -m train --task {task_name} --partition {partition} --command {command} --params-dict-name "
-        f"{shlex.quote(str(path))}"
-    )
+    options = task.options or ("--task", task_name, "--partition", partition)
+    return shlex.join(["python", "-m", "train", *options, "--command", command, "--params-dict-name", str(path)])
 
 
 def load_stage1(
@@ -43,7 +42,7 @@ def load_stage1(
         UserError: the file is missing or is not what it should be.
     """
     network = STAGES[command].build(task)
-    remedy = f"Make it with: {train_command(command, task_name, partition, path)}"
+    remedy = f"Make it with: {train_command(command, task, task_name, partition, path)}"
     expected = {"command": command, "task": task_name, "partition": partition}
     origin = load_network(path, network, f"the {COMMANDS[command]} of {task_name}", expected, remedy)
     return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), origin
@@ -55,21 +54,16 @@ def load_networks(
     """Classifier and CVAE, and how each was made; `paths` and origins are by training command.
 
     Raises:
-        UserError: a file is missing or is not what it should be, or the two kept different images from training.
+        UserError: a file is missing or is not what it should be.
     """
     missing = {command: path for command, path in paths.items() if not path.is_file()}
     if missing:
         files = " and ".join(f"{path}: no such file" for path in missing.values())
-        remedy = " && ".join(train_command(command, task_name, partition, path) for command, path in missing.items())
+        commands = [train_command(command, task, task_name, partition, path) for command, path in missing.items()]
+        remedy = " && ".join(commands)
         raise UserError(f"{files}. Make what is missing with: {remedy}")
     loaded = {command: load_stage1(command, task, task_name, partition, paths[command], device) for command in COMMANDS}
     origins = {command: origin for command, (_, origin) in loaded.items()}
-    kept = [origin.get("val_fraction", 0.0) for origin in origins.values()]
-    if kept[0] != kept[1]:
-        raise UserError(
-            f"the classifier was trained with --val-fraction {kept[0]} and the CVAE with {kept[1]}: "
-            "train both with the same"
-        )
     return loaded["train_classifier"][0], loaded["train_cvae"][0], origins
 
 
@@ -99,7 +93,7 @@ def make_detector(
     )
     config = DetectorConfig(
         task=task_name,
-        classes=task.partitions[partition],
+        classes=task.class_names(partition),
         image_size=task.image_size,
         image_channels=task.image_channels,
         logits=task.logits,
@@ -121,13 +115,20 @@ class Stage2Data:
     test: Images
     ood: dict[str, Tensor]
 
+    def counts(self) -> dict[str, int]:
+        """How many images there are of each kind."""
+        parts = {"IND training": self.train, "IND validation": self.validation, "IND test": self.test} | self.ood
+        return {name: len(images) for name, images in parts.items()}
+
     def encode(self, features: Callable[[Tensor], Tensor], precision: str) -> FeatureBank:
         """The features of all images."""
 
-        def run(images: Tensor) -> Tensor:
-            return in_chunks(lambda part: features(to_float(part)), images, precision)
+        progress = Progress(sum(self.counts().values()), "encoding")
 
-        return FeatureBank(
+        def run(images: Tensor) -> Tensor:
+            return in_chunks(lambda part: features(to_float(part)), images, precision, progress)
+
+        bank = FeatureBank(
             train=run(self.train.images),
             train_labels=self.train.labels,
             validation=run(self.validation.images) if len(self.validation) else torch.empty(0),
@@ -135,6 +136,34 @@ class Stage2Data:
             test_labels=self.test.labels,
             ood={name: run(images) for name, images in self.ood.items()},
         )
+        progress.close()
+        return bank
+
+
+def load_data(
+    task: Task, partition: str, ood_names: Sequence[str], data_dir: Path, origins: dict[str, dict], device: torch.device
+) -> Stage2Data:
+    """The images of stage 2, with those apart that the networks kept from training.
+
+    Args:
+        origins: how each network was made, by what messages call it; {} where that is not known.
+
+    Raises:
+        UserError: the networks kept different images from training, or were trained on others than these.
+    """
+    (first, kept), (second, also_kept) = ((name, origin.get("val_fraction", 0.0)) for name, origin in origins.items())
+    if kept != also_kept:
+        raise UserError(
+            f"{first} was trained with --val-fraction {kept} and {second} with {also_kept}: train both with the same"
+        )
+    train, test = load_ind(task, partition, data_dir)
+    train, validation = split_validation(train, kept)
+    trained_on = fingerprint(train)
+    for name, origin in origins.items():
+        if origin.get("data", trained_on) != trained_on:
+            raise UserError(f"{name} was trained on other images than those now in place: put them back, or train anew")
+    ood = {name: load_ood(task, partition, name, data_dir).to(device) for name in ood_names}
+    return Stage2Data(train.to(device), validation.to(device), test.to(device), ood)
 
 
 def run_stage2(

@@ -11,11 +11,6 @@ from datasets.datasetsHelper import to_float
 from training.inference import in_chunks
 
 
-def baseline_score(logits: Tensor) -> Tensor:
-    """1 - largest softmax probability, in fp64 so that confident images keep an order: [N, C] -> [N]."""
-    return 1 - logits.double().softmax(1).amax(1)
-
-
 def marginalise(joint: Tensor) -> Tensor:
     """Mean over rotations r of the joint logits C*r ... C*r + C-1 of the image rotated by r (Tack et al., section 2.4).
 
