@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from datasets.tasks import (
@@ -51,6 +51,9 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--lr", type=positive_float, default=1e-3, help="learning rate of Adam (default: %(default)s)")
     parser.add_argument(
+        "--kl-weight", type=number(float, least=0), help="of the KL term of the CVAE's loss (default: the task's)"
+    )
+    parser.add_argument(
         "--warmup", type=number(int, least=0), default=0, help="steps over which the learning rate rises (default: 0)"
     )
     parser.add_argument(
@@ -86,6 +89,8 @@ def train(args: argparse.Namespace, processes) -> None:
 
     task_name, task, partition = task_from_arguments(args)
     path = args.params_dict_name or default_checkpoint(task_name, partition, args.command)
+    if args.kl_weight is not None:
+        task = replace(task, kl_weight=args.kl_weight)
     resume = path.parent / f"{path.name}.resume"
     device, stage = processes.device, STAGES[args.command]
     config = LoopConfig(
@@ -99,6 +104,7 @@ def train(args: argparse.Namespace, processes) -> None:
     training_images, test_images = load_ind(task, partition, args.data_dir)
     training_images, _ = split_validation(training_images, args.val_fraction)
     what = {"command": args.command, "task": task_name, "partition": partition, "val_fraction": args.val_fraction}
+    what |= {"kl_weight": task.kl_weight} if args.command == "train_cvae" else {}
     what |= {"data": fingerprint(training_images)}
     origin = what | asdict(config)
     if is_done(path, resume, origin, args):

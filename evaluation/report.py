@@ -72,16 +72,11 @@ def mean_over_seeds(rows: list[dict]) -> list[dict]:
     """Rows that differ in their seed and figures alone as one row of the means."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        name = {key: value for key, value in row.items() if key != "seed" and not isinstance(value, float)}
-        groups.setdefault(tuple(name.items()), []).append(row)
+        names = tuple((key, row[key]) for key in ("method", "ood_dataset", "at") if key in row)
+        groups.setdefault(names, []).append({key: value for key, value in row.items() if isinstance(value, float)})
     return [
-        dict(name)
-        | {
-            key: statistics.mean(row[key] for row in members)
-            for key in members[0]
-            if key not in dict(name) | {"seed": 0}
-        }
-        for name, members in groups.items()
+        dict(names) | {figure: statistics.mean(row[figure] for row in members) for figure in members[0]}
+        for names, members in groups.items()
     ]
 
 

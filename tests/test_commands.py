@@ -26,7 +26,7 @@ from datasets.tasks import TASKS
 from evaluation import summarise
 from figure import samples
 from tests import tiny_data
-from utils import load_checkpoint, run_command, save_checkpoint
+from utils import changed_options, load_checkpoint, run_command, save_checkpoint
 
 ROOT = Path(__file__).parents[1]
 CLASSIFIER, CVAE = (f"ckpt/same_dataset_digits_partition1_{network}.pkl" for network in ("classifier", "cvae"))
@@ -224,18 +224,26 @@ def test_pictures_show_what_the_networks_make(digits, capsys):
     assert (picture[:2] == 255).all() and picture[2:58:7, 2:58:7].shape == (8, 8, 3)
 
 
-def write_result(file: str, task: str = "same_dataset_mnist", auroc: float = 0.9, accuracy: float = 0.5) -> str:
-    detection = {"method": "CMG-energy", "ood_dataset": "held-out-classes", "seed": 1, "at": "last", "auroc": auroc}
-    ind = {"method": "CMG-energy", "seed": 1, "at": "last", "accuracy": accuracy, "ece": 0.125}
-    Path(file).write_text(json.dumps({"task": task, "detection": [detection], "ind": [ind]}))
+def write_result(file: str, aurocs: tuple[float, ...] = (0.9,), **different: object) -> str:
+    """A result of eval with one seed for each AUROC, of the partition that the file is named after."""
+    method = {"method": "CMG-energy", "at": "last"}
+    detection = [
+        method | {"ood_dataset": "held-out-classes", "seed": s, "auroc": auroc} for s, auroc in enumerate(aurocs)
+    ]
+    ind = [method | {"seed": s, "accuracy": 0.5, "ece": 0.125} for s in range(len(aurocs))]
+    about = {"task": "same_dataset_mnist", "partition": Path(file).stem, "config": {"sigma": 3.0}}
+    about |= {"seeds": list(range(len(aurocs))), "detection": detection, "ind": ind}
+    Path(file).write_text(json.dumps(about | different))
     return file
 
 
 def test_the_mean_over_results(workplace, capsys):
-    files = [write_result(f"p{i}.json", auroc=auroc) for i, auroc in enumerate((0.9, 0.92, 0.97))]
+    # 0.90, 0.92 and 0.97 are the files' means; their own spread over seeds does not count.
+    seeds = ((0.85, 0.95), (0.92,), (0.96, 0.97, 0.98))
+    files = [write_result(f"p{i}.json", aurocs) for i, aurocs in enumerate(seeds)]
     assert run(summarise, *files) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("Mean ± standard deviation over 3 results of same_dataset_mnist\n")
+    assert printed.startswith("Mean ± standard deviation over 3 results of same_dataset_mnist, each")
     assert parse_table(printed) == {
         ("held-out-classes", "CMG-energy", "last"): ("93.00 ± 3.61", "-", "-", "-"),
         ("CMG-energy", "last"): ("50.00 ± 0.00", "12.50 ± 0.00"),
@@ -243,9 +251,12 @@ def test_the_mean_over_results(workplace, capsys):
 
 
 def test_results_without_a_mean_are_refused(workplace, capsys):
-    one, other = write_result("one.json"), write_result("other.json", task="different_dataset")
-    line = error_of(capsys, summarise, one, other)
-    assert "different tasks (different_dataset, same_dataset_mnist) have no mean" in line
+    one = write_result("one.json")
+    for key, value in (("task", "different_dataset"), ("config", {"sigma": 5.0})):
+        other = write_result("other.json", **{key: value})
+        assert f"other.json is of another {key} than one.json" in error_of(capsys, summarise, one, other)
+    twice = write_result("twice.json", (0.9, 0.8), partition="one")
+    assert "twice.json: one with seed 0 is in a file before it" in error_of(capsys, summarise, one, twice)
     Path("text.json").write_text("no JSON")
     assert "text.json: is no result; expected a JSON file that" in error_of(capsys, summarise, one, "text.json")
     assert "none.json: No such file or directory; expected" in error_of(capsys, summarise, one, "none.json")
@@ -356,6 +367,39 @@ def test_networks_that_kept_different_images_from_training_are_refused(digits, c
     save_checkpoint(Path(CVAE), state)
     line = error_of(capsys, eval)
     assert "classifier was trained with --val-fraction 0.1 and the CVAE with 0.0: train both with the same" in line
+
+
+def test_networks_trained_on_other_images_are_refused(workplace, capsys):
+    for command in ("train_classifier", "train_cvae"):
+        assert run(train, "--command", command, "--epochs", 1, "--device", "cpu") == 0
+    state = load_checkpoint(CVAE)
+    state.origin["data"] += 1
+    save_checkpoint(CVAE, state)
+    capsys.readouterr()
+    assert "the CVAE was trained on other images than those now in place" in error_of(capsys, eval)
+
+
+def test_a_head_that_diverges_is_one_line(workplace, capsys):
+    for command in ("train_classifier", "train_cvae"):
+        assert run(train, "--command", command, "--epochs", 1, "--device", "cpu") == 0
+    capsys.readouterr()
+    line = error_of(capsys, eval, "--lr", "1e30", "--epochs", 30, "--device", "cpu")
+    assert re.search(r"CMG-(energy|softmax), seed 123: the logits are not finite after step \d+: lower --lr", line)
+
+
+def test_a_last_batch_that_cannot_be_normalised_is_one_line(workplace, capsys):
+    line = error_of(capsys, train, "--batch-size", 103, "--epochs", 1, "--device", "cpu")
+    assert "a batch of 1 image cannot be normalised: choose a --batch-size with a larger last batch" in line
+
+
+def test_names_of_results_say_what_was_changed():
+    def name(*options):
+        args = eval.get_parser().parse_args([str(option) for option in options])
+        return eval.default_output("t", "p", ["m"], [1, 2], changed_options(args, eval.get_parser(), eval.METHOD)).name
+
+    assert name() == "t_p_m_seed1-2.json"
+    assert name("--anchor", 0.1, "--margins", 0.3, 0.7) == "t_p_m_seed1-2_margins-0.3-0.7_anchor-0.1.json"
+    assert name("--ood-dataset", "SVHN", "LSUN") == "t_p_m_seed1-2_ood_dataset-SVHN-LSUN.json"
 
 
 # --- errors: data -------------------------------------------------------------------------------

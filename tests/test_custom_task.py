@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ from datasets.tasks import (
     with_ood_folders,
 )
 from tests.tiny_data import squares, write_folder, write_mnist
+from training.stage2 import train_command
 from training.train_classifier import build_classifier
 from training.train_cvae import build_cvae
 from utils import UserError, add_common_arguments, run_command
@@ -258,3 +260,16 @@ def test_own_images_through_training_and_evaluation(tmp_path, monkeypatch, capsy
 def test_help_needs_no_torch(module):
     code = f"import sys, {module}; {module}.get_parser().format_help(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
+def test_the_command_that_a_missing_checkpoint_advises_makes_the_task_again(tmp_path):
+    ind_dir = tmp_path / "two words"
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            write_folder(ind_dir, f"{split}/{name}", 2)
+    task = custom_task(ind_dir, image_size=28, image_channels=1)
+    words = shlex.split(train_command("train_cvae", task, "custom_two words_1x28", "all", Path("v.pkl")))
+    args = train.get_parser().parse_args(words[3:])
+    name, again, partition = task_from_arguments(args)
+    assert (name, again, partition) == ("custom_two words_1x28", task, "all")
+    assert args.command == "train_cvae" and task.class_names("all") == ("a", "b")

@@ -131,12 +131,17 @@ def test_digits_split_is_fixed_disjoint_and_stratified(tmp_path):
 @given(labels=st.lists(st.integers(0, 3), min_size=1, max_size=200), fraction=st.sampled_from([0.0, 0.1, 0.25, 0.5]))
 def test_validation_split_is_stratified_disjoint_and_without_seed(labels, fraction):
     data = Images(torch.arange(len(labels)).view(-1, 1, 1, 1), torch.tensor(labels))
+    kept = {c: round(fraction * n) for c, n in Counter(labels).items()}
+    if fraction and not all(0 < kept[c] < n for c, n in Counter(labels).items()):
+        with pytest.raises(UserError, match=f"--val-fraction {fraction}: keeps [0-9]+ of the [0-9]+ training images"):
+            split_validation(data, fraction)
+        return
     torch.manual_seed(len(labels))
     rest, held = split_validation(data, fraction)
     torch.manual_seed(len(labels) + 1)
     assert torch.equal(split_validation(data, fraction)[1].images, held.images)
     assert sorted([*rest.images.flatten().tolist(), *held.images.flatten().tolist()]) == list(range(len(labels)))
-    assert Counter(held.labels.tolist()) == +Counter({c: round(fraction * n) for c, n in Counter(labels).items()})
+    assert Counter(held.labels.tolist()) == +Counter(kept)
 
 
 def test_validation_split_is_no_prefix_of_the_classes():

@@ -29,7 +29,7 @@ def test_softmax_score_is_the_probability_of_the_slot_without_spare_logits():
 
 
 def test_baselines_take_all_logits():
-    assert BASELINES["MSP"](LOGITS[None]).item() == pytest.approx(-8 / 16, rel=1e-6)
+    assert BASELINES["MSP"](LOGITS[None]).item() == pytest.approx(1 - 8 / 16, rel=1e-6)
     assert BASELINES["energy"](LOGITS[None]).item() == pytest.approx(-math.log(16), rel=1e-6)
 
 

@@ -56,7 +56,7 @@ def test_what_is_no_number_is_named(kind, text, word):
         (None, 0, ""),
         (UserError("no"), 2, "name: error: no\n"),
         (Stopped("saved", 15), 143, "name: saved\n"),
-        (KeyboardInterrupt(), 130, "name: interrupted, nothing was written\n"),
+        (KeyboardInterrupt(), 130, "name: interrupted\n"),
     ],
 )
 def test_a_foreseen_failure_is_one_line_and_a_status(capsys, failure, status, line):
