@@ -188,9 +188,13 @@ class HeadStack:
         """Squared distance of each copy from the start: [K]."""
         return sum(((p - self.start[name]) ** 2).flatten(1).sum(1) for name, p in self.parameters.items())
 
+    def view(self, k: int) -> dict[str, Tensor]:
+        """The parameters of copy k, which change as training goes on."""
+        return {name: p.detach()[k] for name, p in self.parameters.items()}
+
     def copy(self, k: int) -> dict[str, Tensor]:
         """The parameters of copy k, as they are now."""
-        return {name: p.detach()[k].clone() for name, p in self.parameters.items()}
+        return {name: p.clone() for name, p in self.view(k).items()}
 
 
 HEAD_CHUNK = 4096  # images at once through a head, whose features may be many
@@ -341,7 +345,7 @@ class Checker:
     def check(self, step: int, stacks: dict[str, HeadStack], runs: dict[tuple[str, int], Run]) -> None:
         """Append a `Check` to every run and keep the heads whose validation figure is the best so far."""
         for (mode, s), run in runs.items():
-            parameters = stacks[mode].copy(s)
+            parameters = stacks[mode].view(s)
 
             def score(features: Tensor, parameters=parameters, mode=mode) -> Tensor:
                 return MODES[mode].score(head_logits(self.head, parameters, features), self.config.num_ind)
@@ -360,4 +364,4 @@ class Checker:
             )
             if validation is not None and validation > self.best.get((mode, s), -1.0):
                 self.best[mode, s] = validation
-                run.validated, run.validated_step = parameters, step
+                run.validated, run.validated_step = stacks[mode].copy(s), step
