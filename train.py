@@ -23,10 +23,9 @@ from datasets.tasks import (
     task_from_arguments,
     task_names,
 )
-from training.runs import add_run_arguments, format_figures, is_done, remove_leftovers, tensorboard_writer
+from training.runs import add_run_arguments, format_figures, is_done, train_to_checkpoint
 from utils import (
     add_common_arguments,
-    check_writable,
     number,
     positive_float,
     positive_int,
@@ -82,8 +81,7 @@ def train(args: argparse.Namespace, processes) -> None:
     import torch
 
     from datasets.datasetsHelper import load_ind, split_validation
-    from training.checkpoints import save_network
-    from training.loop import LoopConfig, Recorder, fingerprint, fit, warmup_schedule
+    from training.loop import LoopConfig, fingerprint, warmup_schedule
     from training.stages import STAGES
     from utils import derive_seed, pick_precision
 
@@ -91,7 +89,6 @@ def train(args: argparse.Namespace, processes) -> None:
     path = args.params_dict_name or default_checkpoint(task_name, partition, args.command)
     if args.kl_weight is not None:
         task = replace(task, kl_weight=args.kl_weight)
-    resume = path.parent / f"{path.name}.resume"
     device, stage = processes.device, STAGES[args.command]
     config = LoopConfig(
         epochs=args.epochs or task.epochs[args.command],
@@ -106,42 +103,27 @@ def train(args: argparse.Namespace, processes) -> None:
     what = {"command": args.command, "task": task_name, "partition": partition, "val_fraction": args.val_fraction}
     what |= {"kl_weight": task.kl_weight} if args.command == "train_cvae" else {}
     what |= {"data": fingerprint(training_images)}
-    origin = what | asdict(config)
-    if is_done(path, resume, origin, args):
-        if processes.is_main:
-            print(f"{path} is complete already; --restart trains it anew")
+    if is_done(path, what | asdict(config), args, show=processes.is_main):
         return
 
-    if processes.is_main:
-        remove_leftovers(path)
-    if args.log:
-        check_writable(args.log)
     torch.manual_seed(derive_seed(args.seed, "initialisation", args.command))
     model = stage.build(task).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-    # A state holds the network and Adam's two moments; an old one stays until the new one is complete.
-    check_writable(path, (3 if resume.exists() else 6) * sum(t.nbytes for t in model.state_dict().values()))
-    if processes.is_main:
-        print(
-            f"{args.command}: {task_name} {partition}, {len(training_images):,} images, {config.epochs} epochs "
-            f"on {device} in {config.precision}",
-            flush=True,
-        )
-    recorder = Recorder(
-        name=args.command,
-        resume=resume,
-        save_every=args.save_every,
-        identity=what,
-        log=args.log,
-        watch=tensorboard_writer(args.tensorboard if processes.is_main else None),
+    reports = train_to_checkpoint(
+        path,
+        model,
+        torch.optim.Adam(model.parameters(), lr=args.lr, fused=True),
+        training_images,
+        stage.objective(task),
+        config=config,
+        what=what,
+        about=f"{args.command}: {task_name} {partition}",
+        copies=3,
+        processes=processes,
+        args=args,
+        schedule=warmup_schedule(config, len(training_images)) if args.warmup else None,
     )
-    schedule = warmup_schedule(config, len(training_images)) if args.warmup else None
-    data = training_images.to(device)
-    fit(model, optimizer, data, stage.objective(task), config, processes, recorder, args.compile, schedule)
-    if not processes.is_main:
+    if not reports:
         return
-    save_network(path, model, origin | {"torch": str(torch.__version__)})
-    resume.unlink(missing_ok=True)
     figures = stage.evaluate(model.eval(), test_images.to(device), len(task.partitions[partition]), config.precision)
     print(f"IND test images: {format_figures(figures)}{stage.remark(figures)}")
     print(f"wrote {path}")

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 from csi.options import DATASETS, TRAINING_MODES, add_csi_arguments, default_checkpoint, remedy
-from training.runs import add_run_arguments, format_figures, is_done, remove_leftovers, tensorboard_writer
-from utils import UserError, check_writable, number, positive_float, positive_int, run_command, seed_number
+from training.runs import add_run_arguments, format_figures, is_done, train_to_checkpoint
+from utils import UserError, number, positive_float, positive_int, run_command, seed_number
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -77,13 +77,12 @@ def train(args: argparse.Namespace, processes) -> None:
     from csi.stages import STAGES
     from datasets.datasetsHelper import load_ind, split_validation
     from evaluation.report import ind_figures
-    from training.checkpoints import save_network
-    from training.loop import LoopConfig, Recorder, fingerprint, fit
+    from training.loop import LoopConfig, fingerprint
     from utils import derive_seed, pick_precision
 
     data, mode, stage = DATASETS[args.dataset], TRAINING_MODES[args.mode], STAGES[args.mode]
     path = args.params_dict_name or default_checkpoint(args.dataset, args.mode)
-    resume, device = path.parent / f"{path.name}.resume", processes.device
+    device = processes.device
     config = LoopConfig(
         epochs=args.epochs or mode.epochs,
         batch_size=args.batch_size,
@@ -100,54 +99,31 @@ def train(args: argparse.Namespace, processes) -> None:
     training_images, test_images = load_ind(data.task, data.partition, args.data_dir)
     training_images, _ = split_validation(training_images, what["val_fraction"])
     what |= {"data": fingerprint(training_images)}
-    origin = what | asdict(config)
-    if is_done(path, resume, origin, args):
-        if processes.is_main:
-            print(f"{path} is complete already; --restart trains it anew")
+    if is_done(path, what | asdict(config), args, show=processes.is_main):
         return
 
-    if processes.is_main:
-        remove_leftovers(path)
     if 0 < len(training_images) % config.batch_size < processes.world:
         raise UserError(
             f"--batch_size {config.batch_size}: the last batch of an epoch has fewer images than there are processes "
             f"({processes.world}); choose another"
         )
-    if args.log:
-        check_writable(args.log)
-    # A state holds the network and LARS's momentum; an old one stays until the new one is complete.
-    check_writable(path, (2 if resume.exists() else 4) * sum(t.nbytes for t in model.state_dict().values()))
     model.to(device, memory_format=torch.channels_last)
-    optimizer = stage.prepare(model, config.learning_rate)
-    if processes.is_main:
-        print(
-            f"{args.mode}: {args.dataset}, {len(training_images):,} images, {config.epochs} epochs on {device} "
-            f"in {config.precision}",
-            flush=True,
-        )
-    recorder = Recorder(
-        name=args.mode,
-        resume=resume,
-        save_every=args.save_every,
-        identity=what,
-        log=args.log,
-        watch=tensorboard_writer(args.tensorboard if processes.is_main else None),
-    )
-    fit(
+    reports = train_to_checkpoint(
+        path,
         model,
-        optimizer,
-        training_images.to(device),
+        stage.prepare(model, config.learning_rate),
+        training_images,
         stage.objective(data.classes),
-        config,
-        processes,
-        recorder,
-        args.compile,
+        config=config,
+        what=what,
+        about=f"{args.mode}: {args.dataset}",
+        copies=2,
+        processes=processes,
+        args=args,
         schedule=lambda progress: stage.schedule(progress, config.learning_rate, args.warmup, config.epochs),
     )
-    if not processes.is_main:
+    if not reports:
         return
-    save_network(path, model, origin | {"torch": str(torch.__version__)})
-    resume.unlink(missing_ok=True)
     model.eval()
     test_images = test_images.to(device)
     for name in mode.views:

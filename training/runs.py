@@ -24,14 +24,15 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensorboard", type=Path, help="write the same figures there for TensorBoard")
 
 
-def is_done(path: Path, resume: Path, origin: dict, args: argparse.Namespace) -> bool:
-    """Whether `path` holds the result of this very run already; with --restart, forget what is there.
+def is_done(path: Path, origin: dict, args: argparse.Namespace, show: bool) -> bool:
+    """Whether `path` holds the result of this very run already (`show` says so); with --restart, forget it.
 
     With --precision auto, a result in either precision will do.
 
     Raises:
         UserError: it holds something else, which would be lost.
     """
+    resume = resume_path(path)
     if args.restart:
         resume.unlink(missing_ok=True)
         return False
@@ -45,7 +46,79 @@ def is_done(path: Path, resume: Path, origin: dict, args: argparse.Namespace) ->
             f"{path} exists and was made otherwise ({'; '.join(differ)}). "
             "Name another --params-dict-name, or replace it with --restart"
         )
+    if show:
+        print(f"{path} is complete already; --restart trains it anew")
     return True
+
+
+def train_to_checkpoint(
+    path: Path,
+    model,
+    optimizer,
+    data,
+    objective,
+    *,
+    config,
+    what: dict,
+    about: str,
+    copies: int,
+    processes,
+    args: argparse.Namespace,
+    schedule: Callable[[float], float] | None = None,
+) -> bool:
+    """Train `model`, on its device already, from where an earlier run stopped, and write its state dict to `path`.
+
+    Args:
+        data, objective, config, processes, schedule: of `training.loop.fit`.
+        what: the run is, beside its configuration: recorded, and compared when it is resumed.
+        about: the same in words, for the line that is printed first.
+        copies: a resumable state holds so many times the network's bytes: itself and the optimizer's moments.
+        args: the options of `add_run_arguments`.
+
+    Returns:
+        whether this process is the one that reports.
+
+    Raises:
+        UserError: as `fit`; a file cannot be written, or there is no room for it.
+    """
+    from dataclasses import asdict
+
+    import torch
+
+    from training.checkpoints import save_network
+    from training.loop import Recorder, fit
+
+    resume = resume_path(path)
+    if processes.is_main:
+        remove_leftovers(path)
+    if args.log:
+        check_writable(args.log)
+    # An old state stays until the new one is complete.
+    room = copies * (1 if resume.exists() else 2) * sum(t.nbytes for t in model.state_dict().values())
+    check_writable(path, room)
+    if processes.is_main:
+        print(
+            f"{about}, {len(data):,} images, {config.epochs} epochs on {processes.device} in {config.precision}",
+            flush=True,
+        )
+    recorder = Recorder(
+        name=what["command"],
+        resume=resume,
+        save_every=args.save_every,
+        identity=what,
+        log=args.log,
+        watch=tensorboard_writer(args.tensorboard if processes.is_main else None),
+    )
+    fit(model, optimizer, data.to(processes.device), objective, config, processes, recorder, args.compile, schedule)
+    if processes.is_main:
+        save_network(path, model, what | asdict(config) | {"torch": str(torch.__version__)})
+        resume.unlink(missing_ok=True)
+    return processes.is_main
+
+
+def resume_path(path: Path) -> Path:
+    """Where the resumable state of a run is that will write `path`."""
+    return path.parent / f"{path.name}.resume"
 
 
 def remove_leftovers(path: Path) -> None:
