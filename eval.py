@@ -29,19 +29,26 @@ from utils import (
 )
 
 MODE_NAMES = ("CMG-energy", "CMG-softmax")
-TUNED = ("head", "last-layer")
+TUNED = ("head", "last-layer", "joint")
+MIXINGS = ("coin", "weight", "none")
 METHOD = (
     "ood_dataset",
     "epochs",
     "batch_size",
     "lr",
     "sigma",
+    "mixing",
+    "mixing_probability",
+    "pseudo_batch_size",
+    "loss_energy",
+    "score_energy",
     "check_every",
     "margins",
     "tune",
     "anchor",
     "pseudo_pool",
 )
+NOT_JOINT = ("pseudo_batch_size", "check_every", "anchor", "pseudo_pool", "save_detector")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -73,16 +80,43 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--save-detector", type=Path, help="write the fine-tuned detector of one mode and seed, for scoring new images"
     )
+    parser.add_argument("--save-scores", type=Path, help="write the scores of all images, for plots, as a .npz file")
     method = parser.add_argument_group(
         "the method", "the defaults are the paper's; anything else is another experiment"
     )
     method.add_argument("--epochs", type=positive_int, help="passes over the IND training images (default: the task's)")
-    method.add_argument("--batch-size", type=positive_int, default=128, help="(default: %(default)s)")
-    method.add_argument("--lr", type=positive_float, default=1e-4, help="learning rate of Adam (default: %(default)s)")
+    method.add_argument("--batch-size", type=positive_int, help="(default: 128; of --tune joint the task's)")
+    method.add_argument("--lr", type=positive_float, help="learning rate of Adam (default: 1e-4; of --tune joint 1e-3)")
     method.add_argument(
         "--sigma",
         type=positive_float,
         help="standard deviation of the latent of pseudo-OOD images (default: the task's)",
+    )
+    method.add_argument(
+        "--mixing",
+        choices=MIXINGS,
+        default="coin",
+        help="of two class embeddings: a coin for each dimension, one weight for each image, none "
+        "(default: %(default)s)",
+    )
+    method.add_argument(
+        "--mixing-probability",
+        type=number(float, least=0, most=1),
+        default=0.5,
+        help="of the first class, where a coin decides (default: %(default)s)",
+    )
+    method.add_argument(
+        "--pseudo-batch-size", type=positive_int, help="pseudo-OOD images that meet a batch (default: --batch-size)"
+    )
+    method.add_argument(
+        "--loss-energy",
+        choices=("all", "ind"),
+        default="all",
+        help="logits of the energies in the loss and margins of CMG-energy: all, or the IND classes' "
+        "(default: %(default)s)",
+    )
+    method.add_argument(
+        "--score-energy", choices=("ind", "all"), default="ind", help="the same of its score (default: %(default)s)"
     )
     method.add_argument("--check-every", type=positive_int, help="steps between evaluations (default: the task's)")
     quantile = number(float, least=0, below=1)
@@ -94,7 +128,13 @@ def get_parser() -> argparse.ArgumentParser:
         metavar=("IN", "OUT"),
         help="quantiles of IND and pseudo-OOD energies (default: 0.2 0.8)",
     )
-    method.add_argument("--tune", choices=TUNED, default="head", help="which part is fine-tuned (default: %(default)s)")
+    method.add_argument(
+        "--tune",
+        choices=TUNED,
+        default="head",
+        help="which part is fine-tuned; joint: nothing is, the whole classifier is trained anew against pseudo-OOD "
+        "images (default: %(default)s)",
+    )
     method.add_argument(
         "--anchor",
         type=number(float, least=0),
@@ -115,8 +155,9 @@ def main(args: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from evaluation.report import format_ind_table, format_table
+    from models.vae import Mixing
     from training.fine_tune import FineTuneConfig
-    from training.stage2 import load_data, load_networks, make_detector, run_stage2
+    from training.stage2 import load_data, load_networks, make_detector, run_stage2, save_scores
     from utils import environment, pick_device, pick_precision, write_json
 
     task_name, task, partition = task_from_arguments(args)
@@ -130,7 +171,13 @@ def main(args: argparse.Namespace) -> None:
     output = args.output or default_output(
         task_name, partition, modes, seeds, changed_options(args, get_parser(), METHOD)
     )
-    check_writable(output)
+    joint = args.tune == "joint"
+    for name in NOT_JOINT if joint else ():
+        if getattr(args, name) != get_parser().get_default(name):
+            raise UserError(f"--{name.replace('_', '-')} says how a head is fine-tuned; --tune joint goes without it")
+    for path in (output, args.save_scores):
+        if path:
+            check_writable(path)
     if args.save_detector:
         if len(modes) * len(seeds) > 1:
             raise UserError(
@@ -140,11 +187,15 @@ def main(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     config = FineTuneConfig(
         num_ind=len(task.partitions[partition]),
-        epochs=args.epochs or task.fine_tune_epochs,
-        batch_size=args.batch_size,
-        learning_rate=args.lr,
+        epochs=args.epochs or (task.epochs["train_classifier"] if joint else task.fine_tune_epochs),
+        batch_size=args.batch_size or (task.batch_size if joint else 128),
+        learning_rate=args.lr or (1e-3 if joint else 1e-4),
         check_every=args.check_every or task.check_every,
         sigma=args.sigma or task.sigma,
+        mixing=Mixing(args.mixing, args.mixing_probability),
+        pseudo_batch_size=args.pseudo_batch_size,
+        loss_energy=args.loss_energy,
+        score_energy=args.score_energy,
         ind_quantile=args.margins[0],
         pseudo_quantile=args.margins[1],
         anchor=args.anchor,
@@ -161,7 +212,7 @@ def main(args: argparse.Namespace) -> None:
         flush=True,
     )
 
-    results = run_stage2(classifier, cvae, data, config, modes, seeds, args.tune)
+    results = run_stage2(classifier, cvae, data, config, modes, seeds, args.tune, task, bool(args.save_scores))
     print(f"\n{format_table(results['detection'])}\n\n{format_ind_table(results['ind'])}\n")
     about = {
         "command": shlex.join(["python", "-m", "eval", *args.argv]),
@@ -176,8 +227,13 @@ def main(args: argparse.Namespace) -> None:
     }
     write_json(output, about | {key: results[key] for key in ("detection", "ind", "runs")})
     print(f"wrote {output}")
+    if args.save_scores:
+        save_scores(args.save_scores, results["scores"])
+        print(f"wrote {args.save_scores}")
     if args.save_detector:
-        detector = make_detector(classifier, results["tuned"][0], data, args.tune, task, task_name, partition)
+        detector = make_detector(
+            classifier, results["tuned"][0], data, args.tune, args.score_energy, task, task_name, partition
+        )
         detector.save(args.save_detector, about)
         threshold, images = detector.config.threshold, detector.config.threshold_from
         print(f"wrote {args.save_detector}: OOD above {threshold:.6g}, which 95 % of the {images} images do not exceed")

@@ -60,8 +60,15 @@ def run_command(main: Callable, parser: argparse.ArgumentParser, argv: list[str]
 # --- arguments ----------------------------------------------------------------------------------
 
 
-def number(kind: type = int, above: float = -math.inf, below: float = math.inf, least: float = -math.inf) -> Callable:
-    """An argparse type: a finite number of `kind` with above < x < below and x >= least."""
+def number(
+    kind: type = int,
+    *,
+    above: float = -math.inf,
+    below: float = math.inf,
+    least: float = -math.inf,
+    most: float = math.inf,
+) -> Callable:
+    """An argparse type: a finite number of `kind` with above < x < below and least <= x <= most."""
 
     def parse(text: str):
         try:
@@ -70,9 +77,9 @@ def number(kind: type = int, above: float = -math.inf, below: float = math.inf, 
             raise argparse.ArgumentTypeError(
                 f"{text!r} is not a {'whole number' if kind is int else 'number'}"
             ) from None
-        if not (math.isfinite(value) and above < value < below and value >= least):
+        if not (math.isfinite(value) and above < value < below and least <= value <= most):
             bounds = [f"above {above:g}"] * (above > -math.inf) + [f"at least {least:g}"] * (least > -math.inf)
-            bounds += [f"below {below:g}"] * (below < math.inf)
+            bounds += [f"below {below:g}"] * (below < math.inf) + [f"at most {most:g}"] * (most < math.inf)
             raise argparse.ArgumentTypeError(
                 f"{text} is out of range: expected {' and '.join(bounds) or 'a finite number'}"
             )

@@ -3,6 +3,7 @@
     python -m benchmarks.findings --task same_dataset_mnist --partition partition1 --seeds 1 2 3
 
 Every variant changes one thing; with --pseudo-pool all of them, the method too, draw from a pool, which is quicker.
+Joint training takes as many epochs and the batch size that the classifier had.
 AUROC in per cent, mean ± standard deviation over the seeds of stage 2: before the first step, the best of the checks
 and the step it was seen at, at the step chosen on IND images where some were kept from training, after the last step.
 The table goes to the terminal, everything behind it to a JSON file.
@@ -45,6 +46,14 @@ VARIANTS = {
     "sigma / 3": Variant(sigma_factor=1 / 3),
     "sigma * 5/3": Variant(sigma_factor=5 / 3),
     "pool of 12,000": Variant({"pseudo_pool": 12_000}),
+    "one mixing weight per image": Variant({"mixing": Mixing("weight")}),
+    "no mixing": Variant({"mixing": Mixing("none")}),
+    "coin of 0.75": Variant({"mixing": Mixing("coin", 0.75)}),
+    "32 pseudo-OOD images a batch": Variant({"pseudo_batch_size": 32}),
+    "512 pseudo-OOD images a batch": Variant({"pseudo_batch_size": 512}),
+    "loss over IND energies": Variant({"loss_energy": "ind"}),
+    "score over all energies": Variant({"score_energy": "all"}),
+    "joint training": Variant(tune="joint"),
 }
 
 
@@ -94,7 +103,7 @@ def main(args: argparse.Namespace) -> None:
         variant = VARIANTS[name]
         config = replace(method, sigma=method.sigma * variant.sigma_factor, **variant.config)
         start = time.monotonic()
-        result = run_stage2(classifier, cvae, data, config, list(MODES), args.seeds, variant.tune)
+        result = run_stage2(classifier, cvae, data, config, list(MODES), args.seeds, variant.tune, task)
         taken = time.monotonic() - start
         results[name] = {"config": asdict(config), "seconds": round(taken, 1), "runs": result["runs"]}
         results["untouched"] = [row for row in result["detection"] if row["at"] == "untouched"]

@@ -174,6 +174,7 @@ class Work:
 
         from datasets.datasetsHelper import to_float
         from evaluation.metrics import auroc
+        from evaluation.scores import SCORES
         from models.vae import decode_pseudo_ood, draw_codes
         from training.fine_tune import MODES
         from utils import generator
@@ -186,7 +187,7 @@ class Work:
 
         def score(images):
             parts = [head(features(to_float(part))) for part in images.split(size)]
-            return MODES[mode].score(torch.cat(parts), num_ind)
+            return SCORES[mode](torch.cat(parts), num_ind)
 
         def energies(batches):
             return torch.cat([-torch.logsumexp(head(features(images)), 1) for images in batches]).sort().values

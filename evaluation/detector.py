@@ -23,7 +23,7 @@ class DetectorConfig:
         task: its name.
         classes: the IND classes, in the order of the logits: their numbers or names in the data set.
         image_size, image_channels, logits, networks: of the classifier, as in `datasets.tasks.Task`.
-        mode: whose score it uses, a key of `SCORES`.
+        score: a key of `SCORES`.
         threshold: images that score above it are OOD.
         threshold_from: the IND images of which 95 % score at or below it: "IND validation" or "IND test".
     """
@@ -34,7 +34,7 @@ class DetectorConfig:
     image_channels: int
     logits: int
     networks: str
-    mode: str
+    score: str
     threshold: float
     threshold_from: str
 
@@ -50,7 +50,7 @@ class Detector:
         """[B, C, S, S] -> OOD scores [B], larger meaning more likely OOD, and the IND class numbers [B]."""
         logits = self.model(images).float()
         num_ind = len(self.config.classes)
-        return SCORES[self.config.mode](logits, num_ind), logits[:, :num_ind].argmax(1)
+        return SCORES[self.config.score](logits, num_ind), logits[:, :num_ind].argmax(1)
 
     def save(self, path: Path, origin: dict) -> None:
         """Write the detector, with how it was made."""

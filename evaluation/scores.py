@@ -34,4 +34,8 @@ def msp_score(logits: Tensor) -> Tensor:
     return 1 - logits.double().softmax(dim=-1).amax(dim=-1)
 
 
-SCORES: dict[str, Callable[[Tensor, int], Tensor]] = {"CMG-energy": energy_score, "CMG-softmax": softmax_score}
+SCORES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "CMG-energy": energy_score,
+    "CMG-energy over all logits": lambda logits, num_ind: energy(logits),
+    "CMG-softmax": softmax_score,
+}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -141,7 +143,7 @@ class Codes(NamedTuple):
     Attributes:
         noise: [N, z_dim], standard normal.
         first, second: [N], the two classes.
-        weight: [N, z_dim], share of the first class in each dimension of the embedding: 0 or 1.
+        weight: [N, z_dim], share of the first class in each dimension of the embedding: 0 or 1 in the method.
     """
 
     noise: Tensor
@@ -156,12 +158,34 @@ class Codes(NamedTuple):
         return Codes(*(field[start:stop] for field in self))
 
 
-def draw_codes(count: int, num_ind: int, z_dim: int, generator: torch.Generator) -> Codes:
-    """Draw two IND classes per image independently and uniformly (they may coincide), a fair coin for each
-    dimension, and the latent noise (Wang et al. 2022, class-mixed generation)."""
+@dataclass(frozen=True)
+class Mixing:
+    """How the embeddings of two classes become one.
+
+    Attributes:
+        kind: a key of `MIXING_WEIGHTS`: "coin", as in the method, "weight" or "none".
+        probability: of the first class, in each dimension, where a coin decides.
+    """
+
+    kind: str = "coin"
+    probability: float = 0.5
+
+
+# Share of the first class: (numbers [N, z_dim], uniform in [0, 1); probability of the first class) -> [N, z_dim].
+MIXING_WEIGHTS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "coin": lambda uniform, probability: (uniform < probability).float(),  # for each dimension
+    "weight": lambda uniform, probability: uniform[:, :1].expand_as(uniform),  # one for the whole image
+    "none": lambda uniform, probability: torch.ones_like(uniform),
+}
+
+
+def draw_codes(count: int, num_ind: int, z_dim: int, generator: torch.Generator, mixing: Mixing = Mixing()) -> Codes:
+    """Draw two IND classes per image independently and uniformly (they may coincide), the latent noise, and a fair
+    coin for each dimension (Wang et al. 2022, class-mixed generation), or another `mixing` of the same numbers."""
     first, second = torch.randint(num_ind, (2, count), generator=generator)
-    weight = torch.randint(2, (count, z_dim), generator=generator).float()
-    return Codes(torch.randn(count, z_dim, generator=generator), first, second, weight)
+    noise = torch.randn(count, z_dim, generator=generator)
+    uniform = torch.rand(count, z_dim, generator=generator)
+    return Codes(noise, first, second, MIXING_WEIGHTS[mixing.kind](uniform, mixing.probability))
 
 
 def mix_embeddings(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:

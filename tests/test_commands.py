@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 
 import eval
 import train
@@ -73,6 +74,9 @@ def digits(trained, workplace):
     """A working directory with the checkpoints of `trained`, which may be changed."""
     shutil.copytree(trained / "ckpt", "ckpt")
     return workplace
+
+
+SETS = ("IND test", "held-out-classes", "pseudo-OOD")
 
 
 def run(command, *argv: object) -> int:
@@ -193,6 +197,36 @@ def test_options_of_the_method_reach_the_run(digits):
     assert config["tune"] == "last-layer" and (config["ind_quantile"], config["pseudo_quantile"]) == (0.1, 0.7)
     names = ("learning_rate", "sigma", "batch_size", "anchor", "pseudo_pool")
     assert [config[name] for name in names] == list(options.values())
+    given = ["--mixing", "none", "--mixing-probability", 0.7, "--pseudo-batch-size", 9]
+    assert run(eval, *given, "--loss-energy", "ind", "--score-energy", "all", "--epochs", 1, "--output", "b.json") == 0
+    config = json.loads(Path("b.json").read_text())["config"]
+    assert config["mixing"] == {"kind": "none", "probability": 0.7} and config["pseudo_batch_size"] == 9
+    assert (config["loss_energy"], config["score_energy"]) == ("ind", "all")
+
+
+def test_joint_training_has_the_classifiers_settings(digits):
+    assert run(eval, "--tune", "joint", "--mode", "CMG-energy", "--epochs", 1, "--output", "a.json") == 0
+    results = json.loads(Path("a.json").read_text())
+    config = results["config"]
+    assert (config["tune"], config["batch_size"], config["learning_rate"]) == ("joint", 64, 1e-3)
+    assert [row["at"] for row in results["detection"]] == ["untouched", "untouched", "last"]
+
+
+def test_scores_of_all_images_can_be_kept(digits, capsys):
+    argv = ["--mode", "CMG-energy", "--seeds", 1, 2, "--epochs", 1, "--output", "a.json", "--save-scores", "a.npz"]
+    assert run(eval, *argv) == 0
+    assert "wrote a.npz" in capsys.readouterr().out
+    scores = np.load("a.npz")
+    expected = {f"CMG-energy/{s}/{at}/{name}" for s in (1, 2) for at in ("last", "validated") for name in SETS}
+    expected |= {f"{method}/-/untouched/{name}" for method in ("MSP", "energy") for name in SETS[:2]}
+    assert set(scores) == expected
+    rows = {(row["method"], row["seed"], row["at"]): row for row in json.loads(Path("a.json").read_text())["detection"]}
+    for (method, seed, at), row in rows.items():
+        if at != "max":
+            ind, ood = (scores[f"{method}/{seed or '-'}/{at}/{name}"] for name in SETS[:2])
+            labels = [0] * len(ind) + [1] * len(ood)
+            assert roc_auc_score(labels, np.concatenate([ind, ood])) == pytest.approx(row["auroc"], abs=1e-6)
+    assert len(scores["CMG-energy/1/last/pseudo-OOD"]) == len(scores["CMG-energy/1/last/IND test"]) == 361
 
 
 def test_the_same_command_gives_the_same_figures(digits):
@@ -270,7 +304,7 @@ def test_defaults_are_the_embedded_task_and_the_paper(workplace):
     assert (train_args.command, train_args.seed, train_args.lr) == ("train_classifier", 123, 1e-3)
     assert (train_args.val_fraction, train_args.save_every, train_args.restart) == (0.0, 1, False)
     assert (eval_args.mode, eval_args.ood_dataset, eval_args.seeds) == (["all"], ["all"], [123])
-    assert (eval_args.batch_size, eval_args.lr, eval_args.margins) == (128, 1e-4, [0.2, 0.8])
+    assert (eval_args.batch_size, eval_args.lr, eval_args.margins) == (None, None, [0.2, 0.8])
     assert (eval_args.anchor, eval_args.pseudo_pool, eval_args.tune) == (0.0, 0, "head")
 
 
@@ -469,6 +503,12 @@ def test_images_of_another_size_are_refused(workplace, capsys):
         (eval, ["--margins", "0.2"], "argument --margins: expected 2 arguments"),
         (eval, ["--anchor", "-1"], "argument --anchor: -1 is out of range"),
         (eval, ["--pseudo-pool", "-1"], "argument --pseudo-pool: -1 is out of range"),
+        (eval, ["--mixing", "half"], "argument --mixing: invalid choice: 'half'"),
+        (eval, ["--mixing-probability", "1.5"], "1.5 is out of range: expected at least 0 and at most 1"),
+        (eval, ["--pseudo-batch-size", "0"], "argument --pseudo-batch-size: 0 is out of range: expected above 0"),
+        (eval, ["--tune", "joint", "--anchor", "1"], "--anchor says how a head is fine-tuned; --tune joint goes"),
+        (eval, ["--tune", "joint", "--save-detector", "d"], "--save-detector says how a head is fine-tuned"),
+        (eval, ["--save-scores", "."], "cannot write .: it is a folder; name a file"),
         (eval, ["--seeds", "x"], "argument --seeds/--seed: 'x' is not a whole number"),
         (eval, ["--output", "."], "cannot write .: it is a folder; name a file"),
         (train, ["--params-dict-name", "."], "cannot write .: it is a folder; name a file"),

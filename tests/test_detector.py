@@ -33,7 +33,7 @@ def test_threshold_is_the_least_score_that_95_percent_do_not_exceed(count, expec
 def test_a_saved_detector_scores_as_the_one_saved(tmp_path):
     model = MainModel(8, 1, 11, "mnist")
     config = DetectorConfig(
-        task="t", classes=(2, 3, 4), image_size=8, image_channels=1, logits=11, networks="mnist", mode="CMG-softmax",
+        task="t", classes=(2, 3, 4), image_size=8, image_channels=1, logits=11, networks="mnist", score="CMG-softmax",
         threshold=0.25, threshold_from="IND test",
     )  # fmt: skip
     detector = Detector(model, config)

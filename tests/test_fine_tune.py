@@ -8,17 +8,20 @@ from dataclasses import replace
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
+from torch.func import functional_call
 from torch.nn import functional as F
 
 import eval
 import training.fine_tune as fine_tune_module
 from datasets.datasetsHelper import Images, to_float
+from datasets.tasks import TASKS
 from evaluation.scores import SCORES
 from models.main_model import Head
-from models.vae import decode_pseudo_ood, draw_codes
+from models.vae import MIXING_WEIGHTS, Mixing, decode_pseudo_ood, draw_codes
 from training.fine_tune import FeatureBank, FineTuneConfig, PseudoOOD, fine_tune
-from training.stage2 import TUNABLE, Stage2Data, run_rows, run_stage2, split_model
-from utils import generator
+from training.stage2 import JOINT, PSEUDO, TUNABLE, Stage2Data, run_scores, run_stage2, split_model, summarise
+from training.train_classifier import build_classifier
+from utils import derive_seed, generator
 
 # A run beside others and the same run alone, or as a plain loop, differ by the rounding of batched products only.
 # Adam makes a step of about the learning rate of any gradient, so the tolerance is a fraction of that.
@@ -267,7 +270,9 @@ def data() -> Stage2Data:
 def test_networks_and_batch_norm_statistics_stay_bit_equal(digits_classifier, digits_cvae, data, part):
     before = [deepcopy(network.state_dict()) for network in (digits_classifier, digits_cvae)]
     config = replace(CONFIG, batch_size=16)
-    results = run_stage2(digits_classifier, digits_cvae, data, config, MODES, [1, 2], part)
+    results = run_stage2(
+        digits_classifier, digits_cvae, data, config, MODES, [1, 2], part, TASKS["same_dataset_digits"]
+    )
     for network, state in zip((digits_classifier, digits_cvae), before, strict=True):
         assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
     tuned = {name: p.shape for name, p in split_model(digits_classifier, part)[1].named_parameters()}
@@ -297,17 +302,117 @@ def test_features_are_those_of_single_images(digits_classifier, data):
 
 def test_rows_report_the_last_the_validated_and_the_best_check(head, bank, pseudo):
     for run in tune(head, bank, pseudo).values():
-        detection, ind = run_rows(head, bank, run, 6)
-        figures = {(row["at"], row["ood_dataset"]): row["auroc"] for row in detection}
+        results = summarise(run_scores(head, bank, run, CONFIG), [run], bank, 6)
+        figures = {(row["at"], row["ood_dataset"]): row["auroc"] for row in results["detection"]}
         by_step = {check.step: check for check in run.curve}
         for name in bank.ood:
             assert figures["last", name] == run.curve[-1].auroc[name]
             assert figures["validated", name] == by_step[run.validated_step].auroc[name]
             assert figures["max", name] == max(check.auroc[name] for check in run.curve)
-        assert [row["at"] for row in ind] == ["last", "validated"]
-        assert ind[0]["accuracy"] == run.curve[-1].accuracy
+        assert [row["at"] for row in results["ind"]] == ["last", "validated"]
+        assert results["ind"][0]["accuracy"] == run.curve[-1].accuracy
+
+
+def test_scored_pseudo_ood_images_are_new_ones(head, bank, pseudo):
+    (run,) = tune(head, bank, pseudo, modes=["CMG-energy"], seeds=[1]).values()
+    last, _ = run_scores(head, bank, run, CONFIG, pseudo)
+    features = pseudo.encode(draw_codes(len(bank.test), 6, 32, generator(1, "scored")))
+    logits = functional_call(head, run.last, (features,))
+    torch.testing.assert_close(last.scores[PSEUDO], -logits[:, :6].logsumexp(1))
+
+
+# --- ablations ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mixing": Mixing("weight")},
+        {"mixing": Mixing("none")},
+        {"mixing": Mixing("coin", 0.9)},
+        {"pseudo_batch_size": 3},
+        {"pseudo_batch_size": 9},
+        {"pseudo_batch_size": 9, "pseudo_pool": 30},
+        {"loss_energy": "ind"},
+        {"score_energy": "all"},
+    ],
+    ids=str,
+)
+def test_an_ablation_is_the_plain_loop_with_that_change(head, bank, pseudo, change):
+    config = replace(CONFIG, **change)
+    pseudo = replace(pseudo, mixing=config.mixing)
+    (run,) = tune(head, bank, pseudo, config, modes=["CMG-energy"], seeds=[1]).values()
+    size = config.pseudo_batch_size or 4
+    total = {3: 53, 4: 70, 9: 158}[size]  # 70 * size / 4, rounded up
+    loss_logits, score_logits = {"all": 11, "ind": 6}[config.loss_energy], {"all": 11, "ind": 6}[config.score_energy]
+
+    start, head = deepcopy(head).requires_grad_(False), deepcopy(head)
+    encode = lambda codes: pseudo.features(decode_pseudo_ood(pseudo.vae, codes, 3.0))  # noqa: E731
+    energy = lambda head, features: -head(features)[:, :loss_logits].logsumexp(1)  # noqa: E731
+    with torch.no_grad():
+        codes = draw_codes(COUNT, 6, 32, generator(1, "margins"), config.mixing)
+        m_in, m_out = energy(start, bank.train).sort().values[14], energy(start, encode(codes)).sort().values[56]
+    optimizer = torch.optim.Adam(head.parameters(), LEARNING_RATE)
+    for epoch in range(2):
+        order = torch.randperm(COUNT, generator=generator(1, "order", epoch))
+        draw = generator(1, "pseudo", epoch)
+        if config.pseudo_pool:
+            pool = encode(draw_codes(30, 6, 32, generator(1, "pool"), config.mixing))
+            made = pool[torch.randint(30, (total,), generator=draw)]
+        else:
+            made = encode(draw_codes(total, 6, 32, draw, config.mixing))
+        batches = list(made.split(size))
+        assert len(batches) == 18
+        for rows, pseudo_features in zip(order.split(4), batches, strict=True):
+            loss = F.cross_entropy(head(bank.train[rows]), bank.train_labels[rows])
+            loss = loss + 0.1 * F.relu(energy(head, bank.train[rows]) - m_in).square().mean()
+            loss = loss + 0.1 * F.relu(m_out - energy(head, pseudo_features)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    for name, parameter in head.named_parameters():
+        torch.testing.assert_close(run.last[name], parameter.detach(), **TOLERANCE)
+    with torch.no_grad():
+        ind, ood = (-head(f)[:, :score_logits].logsumexp(1) for f in (bank.test, bank.ood["near"]))
+    expected = roc_auc_score([0] * len(ind) + [1] * len(ood), torch.cat([ind, ood]).numpy())
+    assert run.curve[-1].auroc["near"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_joint_training_is_the_plain_loop_from_new_weights(digits_classifier, digits_cvae, data):
+    task, config = TASKS["same_dataset_digits"], replace(CONFIG, batch_size=16, epochs=2)
+    results = run_stage2(digits_classifier, digits_cvae, data, config, ["CMG-softmax"], [3], JOINT, task)
+    (run,) = results["tuned"]
+
+    torch.manual_seed(derive_seed(3, "initialisation", JOINT))
+    model = build_classifier(task).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
+    for epoch in range(2):
+        order = torch.randperm(40, generator=generator(3, "order", epoch))
+        codes = draw_codes(40, 6, 32, generator(3, "draws", epoch))
+        for step, rows in enumerate(order.split(16)):
+            torch.manual_seed(derive_seed(3, "dropout", epoch, step, 0))
+            picked = type(codes)(*(field[16 * step : 16 * step + len(rows)] for field in codes))
+            with torch.no_grad():
+                pseudo = decode_pseudo_ood(digits_cvae, picked, 3.0)
+            logits = model(torch.cat([to_float(data.train.images[rows]), pseudo]))
+            ind_logits, pseudo_logits = logits[: len(rows)], logits[len(rows) :]
+            loss = F.cross_entropy(ind_logits, data.train.labels[rows])
+            loss = loss + F.cross_entropy(pseudo_logits[:, :7], torch.full((len(rows),), 6))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    for name, parameter in model.classifier.named_parameters():
+        torch.testing.assert_close(run.last[name], parameter.detach(), rtol=0, atol=0.1 * LEARNING_RATE)
+    model.eval()
+    with torch.no_grad():
+        scores = [model(images / 255)[:, :7].softmax(1)[:, 6] for images in (data.test.images, data.ood["noise"])]
+    expected = roc_auc_score([0] * 18 + [1] * 15, torch.cat(scores).numpy())
+    (row,) = [row for row in results["detection"] if row["at"] == "last"]
+    assert row["auroc"] == pytest.approx(expected, abs=0.02)
+    assert {row["at"] for row in results["detection"]} == {"untouched", "last"}
 
 
 def test_the_names_eval_offers_are_those_there_are():
-    assert set(eval.MODE_NAMES) == set(fine_tune_module.MODES) == set(SCORES)
-    assert eval.TUNED == tuple(TUNABLE)
+    assert set(eval.MODE_NAMES) == set(fine_tune_module.MODES)
+    assert {score for mode in fine_tune_module.MODES.values() for score in mode.scores.values()} == set(SCORES)
+    assert eval.TUNED == (*TUNABLE, JOINT) and eval.MIXINGS == tuple(MIXING_WEIGHTS)

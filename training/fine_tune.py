@@ -19,7 +19,7 @@ from torch.func import functional_call, vmap
 
 from evaluation.metrics import accuracy, auroc
 from evaluation.scores import SCORES, energy
-from models.vae import Codes, ConditionalVAE, decode_pseudo_ood, draw_codes
+from models.vae import Codes, ConditionalVAE, Mixing, decode_pseudo_ood, draw_codes
 from training.inference import CHUNK
 from training.losses import energy_loss, order_statistic, softmax_loss
 from utils import Progress, UserError, autocast, generator
@@ -35,7 +35,12 @@ class FineTuneConfig:
             as many pseudo-OOD images.
         check_every: steps between two evaluations; the first is before the first step, the last after the last.
         sigma: standard deviation of the latents of pseudo-OOD images.
+        mixing: of the class embeddings.
+        pseudo_batch_size: pseudo-OOD images that meet a batch; as many as IND images where it is None, as in the
+            method. The last partial batch meets proportionally fewer.
         mu: weight of the energy terms.
+        loss_energy, score_energy: over which logits the energies of the loss and of the score go: "all" or "ind";
+            all and ind in the method.
         ind_quantile, pseudo_quantile: of the energies that become the margins m_in and m_out.
         anchor: weight of the squared distance of the head from its start, added to the loss; 0 in the method.
         pseudo_pool: draw from so many pseudo-OOD images made in advance; 0, as in the method, makes fresh ones.
@@ -48,12 +53,21 @@ class FineTuneConfig:
     learning_rate: float
     check_every: int
     sigma: float
+    mixing: Mixing = Mixing()
+    pseudo_batch_size: int | None = None
     mu: float = 0.1
+    loss_energy: str = "all"
+    score_energy: str = "ind"
     ind_quantile: float = 0.2
     pseudo_quantile: float = 0.8
     anchor: float = 0.0
     pseudo_pool: int = 0
     precision: str = "fp32"
+
+    @property
+    def energy_logits(self) -> int | None:
+        """How many logits, from the first, the energies of the loss go over; None for all."""
+        return {"all": None, "ind": self.num_ind}[self.loss_energy]
 
 
 class Margins(NamedTuple):
@@ -72,27 +86,34 @@ class Mode:
 
     Attributes:
         loss: (IND logits, labels, pseudo-OOD logits, margins, config) -> a loss for each head.
-        score: (logits, num_ind) -> OOD scores.
+        scores: for each value of `score_energy` the key of `SCORES`.
         uses_margins: whether the loss needs the margins, which are None otherwise.
     """
 
     loss: Callable[[Tensor, Tensor, Tensor, Margins | None, FineTuneConfig], Tensor]
-    score: Callable[[Tensor, int], Tensor]
+    scores: dict[str, str]
     uses_margins: bool
 
 
 MODES: dict[str, Mode] = {
     "CMG-softmax": Mode(
         loss=lambda ind, labels, pseudo, margins, config: softmax_loss(ind, labels, pseudo, config.num_ind),
-        score=SCORES["CMG-softmax"],
+        scores={"ind": "CMG-softmax", "all": "CMG-softmax"},
         uses_margins=False,
     ),
     "CMG-energy": Mode(
-        loss=lambda ind, labels, pseudo, margins, config: energy_loss(ind, labels, pseudo, *margins, config.mu),
-        score=SCORES["CMG-energy"],
+        loss=lambda ind, labels, pseudo, margins, config: energy_loss(
+            ind, labels, pseudo, *margins, config.mu, config.energy_logits
+        ),
+        scores={"ind": "CMG-energy", "all": "CMG-energy over all logits"},
         uses_margins=True,
     ),
 }
+
+
+def score_logits(logits: Tensor, mode: str, config: FineTuneConfig) -> Tensor:
+    """OOD scores [...] of logits [..., C] as the mode has them."""
+    return SCORES[MODES[mode].scores[config.score_energy]](logits, config.num_ind)
 
 
 @dataclass(frozen=True)
@@ -125,9 +146,10 @@ class PseudoOOD:
     sigma: float
     precision: str
     device: torch.device
+    mixing: Mixing = Mixing()
 
     def draw(self, count: int, generator: torch.Generator) -> Codes:
-        return draw_codes(count, self.num_ind, self.vae.z_dim, generator)
+        return draw_codes(count, self.num_ind, self.vae.z_dim, generator, self.mixing)
 
     @torch.no_grad()
     def encode(self, codes: Codes, progress: Progress | None = None) -> Tensor:
@@ -278,20 +300,30 @@ def _loss(stacks, ind_features, labels, pseudo_features, margins, config) -> Ten
 def find_margins(
     head: nn.Module, bank: FeatureBank, pseudo: PseudoOOD, config: FineTuneConfig, seeds: Sequence[int]
 ) -> Margins:
-    """The margins, from the energies (over all logits) of the IND training images and of as many pseudo-OOD images,
+    """The margins, from the energies of the IND training images and of as many pseudo-OOD images,
     under the head as it is before fine-tuning."""
     start = dict(head.named_parameters())
-    m_in = order_statistic(energy(head_logits(head, start, bank.train)), config.ind_quantile)
+
+    def energies(features: Tensor) -> Tensor:
+        return energy(head_logits(head, start, features)[:, : config.energy_logits])
+
+    m_in = order_statistic(energies(bank.train), config.ind_quantile)
     m_out = []
     progress = Progress(len(seeds) * len(bank.train), "margins")
     for seed in seeds:
         features = pseudo.encode(pseudo.draw(len(bank.train), generator(seed, "margins")), progress)
-        m_out.append(order_statistic(energy(head_logits(head, start, features)), config.pseudo_quantile))
+        m_out.append(order_statistic(energies(features), config.pseudo_quantile))
     progress.close()
     return Margins(m_in.expand(len(seeds)).clone(), torch.stack(m_out).clone())
 
 
 STEPS_PER_CHUNK = 16  # whose pseudo-OOD images are made at once
+
+
+def pseudo_sizes(config: FineTuneConfig, count: int) -> tuple[int, int]:
+    """Pseudo-OOD images for an epoch of `count` IND images, and for each of its batches but the last."""
+    size = config.pseudo_batch_size or config.batch_size
+    return -(-count * size // config.batch_size), size
 
 
 class FreshFeatures:
@@ -301,12 +333,13 @@ class FreshFeatures:
         self.pseudo, self.config, self.seeds = pseudo, config, seeds
 
     def batches(self, epoch: int, count: int):
-        """Yield features [S, B, F] for each batch of an epoch of `count` images."""
-        codes = [self.pseudo.draw(count, generator(seed, "pseudo", epoch)) for seed in self.seeds]
-        chunk = STEPS_PER_CHUNK * self.config.batch_size
-        for start in range(0, count, chunk):
+        """Yield features [S, P, F] for each batch of an epoch of `count` IND images."""
+        total, size = pseudo_sizes(self.config, count)
+        codes = [self.pseudo.draw(total, generator(seed, "pseudo", epoch)) for seed in self.seeds]
+        chunk = STEPS_PER_CHUNK * size
+        for start in range(0, total, chunk):
             features = torch.stack([self.pseudo.encode(c.rows(start, start + chunk)) for c in codes])
-            yield from features.split(self.config.batch_size, dim=1)
+            yield from features.split(size, dim=1)
 
 
 class PooledFeatures:
@@ -319,12 +352,13 @@ class PooledFeatures:
         )
 
     def batches(self, epoch: int, count: int):
-        """Yield features [S, B, F] for each batch of an epoch of `count` images."""
+        """Yield features [S, P, F] for each batch of an epoch of `count` IND images."""
+        total, size = pseudo_sizes(self.config, count)
         draws = [
-            torch.randint(self.config.pseudo_pool, (count,), generator=generator(seed, "pseudo", epoch))
+            torch.randint(self.config.pseudo_pool, (total,), generator=generator(seed, "pseudo", epoch))
             for seed in self.seeds
         ]
-        for rows in torch.stack(draws).to(self.pools.device).split(self.config.batch_size, dim=1):
+        for rows in torch.stack(draws).to(self.pools.device).split(size, dim=1):
             yield torch.stack([pool[r] for pool, r in zip(self.pools, rows, strict=True)])
 
 
@@ -348,7 +382,7 @@ class Checker:
             parameters = stacks[mode].view(s)
 
             def score(features: Tensor, parameters=parameters, mode=mode) -> Tensor:
-                return MODES[mode].score(head_logits(self.head, parameters, features), self.config.num_ind)
+                return score_logits(head_logits(self.head, parameters, features), mode, self.config)
 
             logits = head_logits(self.head, parameters, self.bank.test)
             if not torch.isfinite(logits).all():
@@ -356,7 +390,7 @@ class Checker:
                     f"{mode}, seed {run.seed}: the logits are not finite after step {step}: "
                     "lower --lr, or use --precision fp32"
                 )
-            ind_scores = MODES[mode].score(logits, self.config.num_ind)
+            ind_scores = score_logits(logits, mode, self.config)
             figures = {name: auroc(ind_scores, score(features)) for name, features in self.bank.ood.items()}
             validation = auroc(score(self.bank.validation), score(self.fresh[s])) if self.fresh else None
             run.curve.append(

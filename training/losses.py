@@ -29,12 +29,18 @@ def softmax_loss(ind_logits: Tensor, labels: Tensor, pseudo_logits: Tensor, num_
 
 
 def energy_loss(
-    ind_logits: Tensor, labels: Tensor, pseudo_logits: Tensor, m_in: Tensor, m_out: Tensor, mu: float
+    ind_logits: Tensor,
+    labels: Tensor,
+    pseudo_logits: Tensor,
+    m_in: Tensor,
+    m_out: Tensor,
+    mu: float,
+    energy_logits: int | None = None,
 ) -> Tensor:
-    """CMG-energy: cross-entropy + mu * [mean relu(E_ind - m_in)^2 + mean relu(m_out - E_pseudo)^2], with
-    E = -logsumexp of all logits and margins [...], one pair for each head."""
-    ind_excess = F.relu(energy(ind_logits) - m_in.unsqueeze(-1))
-    pseudo_lack = F.relu(m_out.unsqueeze(-1) - energy(pseudo_logits))
+    """CMG-energy: cross-entropy + mu * [mean relu(E_ind - m_in)^2 + mean relu(m_out - E_pseudo)^2], with margins
+    [...], one pair for each head, and E = -logsumexp of all logits, or of the first `energy_logits`."""
+    ind_excess = F.relu(energy(ind_logits[..., :energy_logits]) - m_in.unsqueeze(-1))
+    pseudo_lack = F.relu(m_out.unsqueeze(-1) - energy(pseudo_logits[..., :energy_logits]))
     return cross_entropy(ind_logits, labels) + mu * (ind_excess.square().mean(-1) + pseudo_lack.square().mean(-1))
 
 

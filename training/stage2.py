@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,11 +21,24 @@ from evaluation.report import BASELINES, detection_row, ind_figures
 from models.main_model import MainModel
 from models.vae import ConditionalVAE
 from training.checkpoints import load_network
-from training.fine_tune import MODES, FeatureBank, FineTuneConfig, PseudoOOD, Run, fine_tune, head_logits
+from training.fine_tune import (
+    MODES,
+    FeatureBank,
+    FineTuneConfig,
+    Margins,
+    PseudoOOD,
+    Run,
+    find_margins,
+    fine_tune,
+    head_logits,
+    score_logits,
+)
 from training.inference import in_chunks
+from training.joint import JointObjective, train_jointly
 from training.loop import fingerprint
 from training.stages import STAGES
-from utils import Progress, UserError
+from training.train_classifier import ClassifierObjective, build_classifier
+from utils import Progress, UserError, derive_seed, generator, replacing
 
 
 def train_command(command: str, task: Task, task_name: str, partition: str, path: Path) -> str:
@@ -67,6 +81,7 @@ def load_networks(
     return loaded["train_classifier"][0], loaded["train_cvae"][0], origins
 
 
+JOINT = "joint"  # what --tune names beside `TUNABLE`: nothing is tuned, all is trained anew
 TUNABLE = {"head": "classifier", "last-layer": "classifier.fc2"}  # what --tune names -> submodule of MainModel
 
 
@@ -82,7 +97,14 @@ def split_model(model: MainModel, tune: str) -> tuple[Callable[[Tensor], Tensor]
 
 
 def make_detector(
-    classifier: MainModel, run: Run, data: Stage2Data, tune: str, task: Task, task_name: str, partition: str
+    classifier: MainModel,
+    run: Run,
+    data: Stage2Data,
+    tune: str,
+    score_energy: str,
+    task: Task,
+    task_name: str,
+    partition: str,
 ) -> Detector:
     """The classifier with the head that `run` ended with, and the threshold that 95 % of the IND images kept from
     training, or where there are none of the IND test images, do not exceed."""
@@ -98,7 +120,7 @@ def make_detector(
         image_channels=task.image_channels,
         logits=task.logits,
         networks=task.networks,
-        mode=run.mode,
+        score=MODES[run.mode].scores[score_energy],
         threshold=math.inf,
         threshold_from=threshold_from,
     )
@@ -174,9 +196,40 @@ def run_stage2(
     modes: Sequence[str],
     seeds: Sequence[int],
     tune: str,
+    task: Task,
+    score_pseudo: bool = False,
 ) -> dict:
-    """Fine-tune what `tune` names of the classifier; see `fine_tune_and_score`."""
-    return fine_tune_and_score(*split_model(classifier, tune), cvae, data, config, modes, seeds)
+    """Fine-tune what `tune` names of the classifier, see `fine_tune_and_score`; or, where it is "joint", train the
+    task's classifier anew, see `training.joint`."""
+    if tune != JOINT:
+        return fine_tune_and_score(*split_model(classifier, tune), cvae, data, config, modes, seeds, score_pseudo)
+    features, head = split_model(classifier, "head")
+    bank, pseudo = data.encode(features, config.precision), make_pseudo(cvae, features, data, config)
+    margins = find_margins(head, bank, pseudo, config, seeds)
+    scored, runs = untouched_scores(head, bank), []
+    for mode in modes:
+        for s, seed in enumerate(seeds):
+            run = Run(mode, seed, margins.of(s) if MODES[mode].uses_margins else None)
+            torch.manual_seed(derive_seed(seed, "initialisation", JOINT))
+            model = build_classifier(task).to(bank.train.device, memory_format=torch.channels_last)
+            objective = JointObjective(
+                ClassifierObjective(task.augment), pseudo, mode, Margins(margins.m_in[s], margins.m_out[s]), config
+            )
+            train_jointly(model, data.train, objective, config, seed)
+            run.last = {name: p.detach() for name, p in model.classifier.named_parameters()}
+            own = data.encode(model.features, config.precision)
+            fresh = make_pseudo(cvae, model.features, data, config) if score_pseudo else None
+            scored += run_scores(model.classifier, own, run, config, fresh)
+            runs.append(run)
+    return summarise(scored, runs, bank, config.num_ind)
+
+
+def make_pseudo(
+    cvae: ConditionalVAE, features: Callable[[Tensor], Tensor], data: Stage2Data, config: FineTuneConfig
+) -> PseudoOOD:
+    """The source of pseudo-OOD images that the configuration asks for."""
+    device = data.train.images.device
+    return PseudoOOD(cvae, features, config.num_ind, config.sigma, config.precision, device, config.mixing)
 
 
 def fine_tune_and_score(
@@ -187,61 +240,108 @@ def fine_tune_and_score(
     config: FineTuneConfig,
     modes: Sequence[str],
     seeds: Sequence[int],
+    score_pseudo: bool = False,
 ) -> dict:
     """Fine-tune `head` on `features` for every mode and seed and score every OOD set.
 
     Args:
         features: images [B, C, S, S] in [0, 1] -> [B, F]; the frozen part of the network.
         head: [B, F] -> logits; its parameters are tuned in copies, it stays as it is itself.
+        score_pseudo: score as many new pseudo-OOD images as there are IND test images, too.
 
     Returns:
         "detection": rows of detection figures; "ind": rows of figures on IND test images; "runs": curves and
-        margins; "tuned": for each run its `Run`, whose heads can be saved.
+        margins; "scores": the `Scored` images behind all of them; "tuned": for each run its `Run`, whose heads can
+        be saved.
     """
-    device = data.train.images.device
-    bank = data.encode(features, config.precision)
-    pseudo = PseudoOOD(cvae, features, config.num_ind, config.sigma, config.precision, device)
+    bank, pseudo = data.encode(features, config.precision), make_pseudo(cvae, features, data, config)
     runs = fine_tune(head, bank, pseudo, config, modes, seeds)
-    detection, ind = untouched_rows(head, bank, config.num_ind)
+    scored = untouched_scores(head, bank)
     for run in runs:
-        run_detection, run_ind = run_rows(head, bank, run, config.num_ind)
-        detection += run_detection
-        ind += run_ind
-    return {"detection": detection, "ind": ind, "runs": [run_summary(run) for run in runs], "tuned": runs}
+        scored += run_scores(head, bank, run, config, pseudo if score_pseudo else None)
+    return summarise(scored, runs, bank, config.num_ind)
 
 
-def untouched_rows(head: nn.Module, bank: FeatureBank, num_ind: int) -> tuple[list[dict], list[dict]]:
-    """Baselines and IND figures of the classifier before fine-tuning."""
+IND_TEST, PSEUDO = "IND test", "pseudo-OOD"  # image sets, beside the OOD sets
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The images as one detector sees them.
+
+    Attributes:
+        method, seed, at: which detector: its name, its seed (None where there is no chance in it), its step.
+        logits: of the IND test images, or None where the detector is no classifier of its own.
+        scores: OOD scores [N] by image set: `IND_TEST`, the OOD sets, perhaps `PSEUDO`.
+    """
+
+    method: str
+    seed: int | None
+    at: str
+    logits: Tensor | None
+    scores: dict[str, Tensor]
+
+
+def untouched_scores(head: nn.Module, bank: FeatureBank) -> list[Scored]:
+    """The classifier before fine-tuning under the scores of `BASELINES`."""
     start = dict(head.named_parameters())
-    test_logits = head_logits(head, start, bank.test)
-    detection = []
-    for name, ood_features in bank.ood.items():
-        ood_logits = head_logits(head, start, ood_features)
-        for method, score in BASELINES.items():
-            detection.append(detection_row(method, name, None, "untouched", score(test_logits), score(ood_logits)))
-    return detection, [
-        {"method": "classifier", "seed": None, "at": "untouched"} | ind_figures(test_logits, bank.test_labels, num_ind)
-    ]
+    logits = {name: head_logits(head, start, features) for name, features in test_sets(bank).items()}
+    scores = {method: {name: score(values) for name, values in logits.items()} for method, score in BASELINES.items()}
+    return [Scored(method, None, "untouched", logits[IND_TEST], scores[method]) for method in BASELINES]
 
 
-def run_rows(head: nn.Module, bank: FeatureBank, run: Run, num_ind: int) -> tuple[list[dict], list[dict]]:
-    """Figures of one run: after the last step, at the validated one, and the best AUROC over its checks."""
-    detection, ind = [], []
-    score = MODES[run.mode].score
+def run_scores(
+    head: nn.Module, bank: FeatureBank, run: Run, config: FineTuneConfig, pseudo: PseudoOOD | None = None
+) -> list[Scored]:
+    """A run's head after the last step and at the validated one; with `pseudo` its images too."""
+    sets, scored = test_sets(bank), []
+    if pseudo:
+        sets[PSEUDO] = pseudo.encode(pseudo.draw(len(bank.test), generator(run.seed, "scored")))
     for at, parameters in (("last", run.last), ("validated", run.validated)):
-        if parameters is None:
-            continue
-        test_logits = head_logits(head, parameters, bank.test)
-        ind.append(
-            {"method": run.mode, "seed": run.seed, "at": at} | ind_figures(test_logits, bank.test_labels, num_ind)
-        )
-        for name, ood_features in bank.ood.items():
-            ood_scores = score(head_logits(head, parameters, ood_features), num_ind)
-            detection.append(detection_row(run.mode, name, run.seed, at, score(test_logits, num_ind), ood_scores))
-    for name in bank.ood:
-        best = max(check.auroc[name] for check in run.curve)
-        detection.append({"method": run.mode, "ood_dataset": name, "seed": run.seed, "at": "max", "auroc": best})
-    return detection, ind
+        if parameters is not None:
+            logits = {name: head_logits(head, parameters, features) for name, features in sets.items()}
+            scores = {name: score_logits(values, run.mode, config) for name, values in logits.items()}
+            scored.append(Scored(run.mode, run.seed, at, logits[IND_TEST], scores))
+    return scored
+
+
+def test_sets(bank: FeatureBank) -> dict[str, Tensor]:
+    return {IND_TEST: bank.test} | bank.ood
+
+
+def summarise(scored: list[Scored], runs: list[Run], bank: FeatureBank, num_ind: int) -> dict:
+    """Scores and runs as figures; see `fine_tune_and_score`."""
+    detection, ind = [], []
+    for one in scored:
+        classifier = {"method": "classifier" if one.at == "untouched" else one.method, "seed": one.seed, "at": one.at}
+        if one.logits is not None and classifier not in [{key: row[key] for key in classifier} for row in ind]:
+            ind.append(classifier | ind_figures(one.logits, bank.test_labels, num_ind))
+        for name in bank.ood:
+            detection.append(detection_row(one.method, name, one.seed, one.at, one.scores[IND_TEST], one.scores[name]))
+    for run in runs:
+        for name in bank.ood if run.curve else ():
+            best = max(check.auroc[name] for check in run.curve)
+            detection.append({"method": run.mode, "ood_dataset": name, "seed": run.seed, "at": "max", "auroc": best})
+    methods = list(dict.fromkeys(one.method for one in scored))
+    detection.sort(key=lambda row: (list(bank.ood).index(row["ood_dataset"]), methods.index(row["method"])))
+    return {
+        "detection": detection,
+        "ind": ind,
+        "runs": [run_summary(run) for run in runs],
+        "scores": scored,
+        "tuned": runs,
+    }
+
+
+def save_scores(path: Path, scored: Sequence[Scored]) -> None:
+    """Write the scores of all images as a compressed numpy archive: METHOD/SEED/STEP/IMAGES -> [N]."""
+    arrays = {
+        f"{one.method}/{'-' if one.seed is None else one.seed}/{one.at}/{name}": scores.cpu().numpy()
+        for one in scored
+        for name, scores in one.scores.items()
+    }
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
 
 
 def run_summary(run: Run) -> dict:

@@ -34,10 +34,12 @@ class ClassifierObjective:
         offsets = torch.randint(2 * CROP_PADDING + 1, (count, 2), generator=generator)
         return offsets, torch.rand(count, generator=generator) < 0.5
 
+    def augmented(self, images: Tensor, *draws: Tensor) -> Tensor:
+        """The images as the network sees them, given what `draw` drew for them."""
+        return crop_and_flip(images, *draws) if self.augment else images
+
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, *draws: Tensor) -> dict[str, Tensor]:
-        if self.augment:
-            images = crop_and_flip(images, *draws)
-        logits = model(to_float(images)).float()
+        logits = model(to_float(self.augmented(images, *draws))).float()
         return {"loss": F.cross_entropy(logits, labels), "accuracy": (logits.argmax(1) == labels).float().mean()}
 
 
