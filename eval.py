@@ -12,9 +12,18 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from datasets.tasks import add_data_arguments, all_partitions, default_checkpoint, task_from_arguments, task_names
+from datasets.tasks import (
+    COMMANDS,
+    Task,
+    add_data_arguments,
+    all_partitions,
+    default_checkpoint,
+    task_from_arguments,
+    task_names,
+)
 from utils import (
     UserError,
     add_common_arguments,
@@ -152,41 +161,75 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    from dataclasses import asdict
-
     from evaluation.report import format_ind_table, format_table
-    from models.vae import Mixing
-    from training.fine_tune import FineTuneConfig
-    from training.stage2 import load_data, load_networks, make_detector, run_stage2, save_scores
-    from utils import environment, pick_device, pick_precision, write_json
+    from training.stage2 import make_detector, run_stage2, save_scores
+    from utils import write_json
+
+    setup = read_arguments(args)
+    changed = changed_options(args, get_parser(), METHOD)
+    output = args.output or default_output(setup.task_name, setup.partition, setup.modes, setup.seeds, changed)
+    for path in filter(None, (output, args.save_scores, args.save_detector)):
+        check_writable(path)
+    config = make_config(args, setup)
+    inputs = load(args, setup)
+    print(f"{setup.task_name} {setup.partition} on {setup.device} in {config.precision}: {inputs.summary}", flush=True)
+
+    results = run_stage2(inputs, config, setup.modes, setup.seeds, args.tune, score_pseudo=bool(args.save_scores))
+    print(f"\n{format_table(results['detection'])}\n\n{format_ind_table(results['ind'])}\n")
+    about = describe("eval", args, setup, inputs) | {"config": asdict(config) | {"tune": args.tune}}
+    write_json(output, about | {key: results[key] for key in ("detection", "ind", "runs")})
+    print(f"wrote {output}")
+    if args.save_scores:
+        save_scores(args.save_scores, results["scores"])
+        print(f"wrote {args.save_scores}")
+    if args.save_detector:
+        detector = make_detector(inputs, results["tuned"][0], args.tune, args.score_energy)
+        detector.save(args.save_detector, about)
+        threshold, images = detector.config.threshold, detector.config.threshold_from
+        print(f"wrote {args.save_detector}: OOD above {threshold:.6g}, which 95 % of the {images} images do not exceed")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the arguments ask for, checked; `paths` of the checkpoints are by training command."""
+
+    task_name: str
+    task: Task
+    partition: str
+    modes: list[str]
+    ood_names: list[str]
+    seeds: list[int]
+    paths: dict[str, Path]
+    device: object
+
+
+def read_arguments(args: argparse.Namespace) -> Setup:
+    """Check the arguments before anything is loaded. Raises `UserError`."""
+    from utils import pick_device
 
     task_name, task, partition = task_from_arguments(args)
     modes = pick_all("--mode", args.mode, MODE_NAMES, task_name)
     ood_names = pick_all("--ood-dataset", args.ood_dataset, task.ood_datasets, task_name)
     seeds = list(dict.fromkeys(args.seeds))
-    paths = {
-        "train_classifier": args.params_dict_name or default_checkpoint(task_name, partition, "train_classifier"),
-        "train_cvae": args.params_dict_name2 or default_checkpoint(task_name, partition, "train_cvae"),
-    }
-    output = args.output or default_output(
-        task_name, partition, modes, seeds, changed_options(args, get_parser(), METHOD)
-    )
-    joint = args.tune == "joint"
-    for name in NOT_JOINT if joint else ():
+    for name in NOT_JOINT if args.tune == "joint" else ():
         if getattr(args, name) != get_parser().get_default(name):
             raise UserError(f"--{name.replace('_', '-')} says how a head is fine-tuned; --tune joint goes without it")
-    for path in (output, args.save_scores):
-        if path:
-            check_writable(path)
-    if args.save_detector:
-        if len(modes) * len(seeds) > 1:
-            raise UserError(
-                f"--save-detector holds one detector: name one of --mode {' '.join(modes)} and one of --seeds"
-            )
-        check_writable(args.save_detector)
-    device = pick_device(args.device)
-    config = FineTuneConfig(
-        num_ind=len(task.partitions[partition]),
+    if args.save_detector and len(modes) * len(seeds) > 1:
+        raise UserError(f"--save-detector holds one detector: name one of --mode {' '.join(modes)} and one of --seeds")
+    given = {"train_classifier": args.params_dict_name, "train_cvae": args.params_dict_name2}
+    paths = {command: given[command] or default_checkpoint(task_name, partition, command) for command in COMMANDS}
+    return Setup(task_name, task, partition, modes, ood_names, seeds, paths, pick_device(args.device))
+
+
+def make_config(args: argparse.Namespace, setup: Setup):
+    """The `FineTuneConfig` of the arguments; joint training has the classifier's defaults."""
+    from models.vae import Mixing
+    from training.fine_tune import FineTuneConfig
+    from utils import pick_precision
+
+    task, joint = setup.task, args.tune == "joint"
+    return FineTuneConfig(
+        num_ind=len(task.partitions[setup.partition]),
         epochs=args.epochs or (task.epochs["train_classifier"] if joint else task.fine_tune_epochs),
         batch_size=args.batch_size or (task.batch_size if joint else 128),
         learning_rate=args.lr or (1e-3 if joint else 1e-4),
@@ -200,43 +243,35 @@ def main(args: argparse.Namespace) -> None:
         pseudo_quantile=args.margins[1],
         anchor=args.anchor,
         pseudo_pool=args.pseudo_pool,
-        precision=pick_precision(args.precision, device),
-    )
-    classifier, cvae, origins = load_networks(task, task_name, partition, paths, device)
-    made = {"the classifier": origins["train_classifier"], "the CVAE": origins["train_cvae"]}
-    data = load_data(task, partition, ood_names, args.data_dir, made, device)
-    counts = data.counts()
-    print(
-        f"{task_name} {partition} on {device} in {config.precision}: "
-        + ", ".join(f"{n:,} {name}" for name, n in counts.items()),
-        flush=True,
+        precision=pick_precision(args.precision, setup.device),
     )
 
-    results = run_stage2(classifier, cvae, data, config, modes, seeds, args.tune, task, bool(args.save_scores))
-    print(f"\n{format_table(results['detection'])}\n\n{format_ind_table(results['ind'])}\n")
-    about = {
-        "command": shlex.join(["python", "-m", "eval", *args.argv]),
-        "task": task_name,
-        "partition": partition,
+
+def load(args: argparse.Namespace, setup: Setup):
+    """The networks and images of stage 2. Raises `UserError`."""
+    from training.stage2 import load_inputs
+
+    return load_inputs(
+        setup.task_name, setup.task, setup.partition, setup.paths, setup.ood_names, args.data_dir, setup.device
+    )
+
+
+def describe(module: str, args: argparse.Namespace, setup: Setup, inputs) -> dict:
+    """What a file of results says of how it was made, beside the configuration of stage 2."""
+    from utils import environment
+
+    return {
+        "command": shlex.join(["python", "-m", module, *args.argv]),
+        "task": setup.task_name,
+        "partition": setup.partition,
         "positive_class": "OOD",
-        "config": asdict(config) | {"tune": args.tune},
-        "seeds": seeds,
-        "images": counts,
-        "checkpoints": {command: {"file": str(path), "origin": origins[command]} for command, path in paths.items()},
-        "environment": environment(device),
+        "seeds": setup.seeds,
+        "images": inputs.data.counts(),
+        "checkpoints": {
+            command: {"file": str(path), "origin": inputs.origins[command]} for command, path in setup.paths.items()
+        },
+        "environment": environment(setup.device),
     }
-    write_json(output, about | {key: results[key] for key in ("detection", "ind", "runs")})
-    print(f"wrote {output}")
-    if args.save_scores:
-        save_scores(args.save_scores, results["scores"])
-        print(f"wrote {args.save_scores}")
-    if args.save_detector:
-        detector = make_detector(
-            classifier, results["tuned"][0], data, args.tune, args.score_energy, task, task_name, partition
-        )
-        detector.save(args.save_detector, about)
-        threshold, images = detector.config.threshold, detector.config.threshold_from
-        print(f"wrote {args.save_detector}: OOD above {threshold:.6g}, which 95 % of the {images} images do not exceed")
 
 
 def default_output(task_name: str, partition: str, modes: list[str], seeds: list[int], changed: str) -> Path:

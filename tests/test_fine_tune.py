@@ -19,7 +19,17 @@ from evaluation.scores import SCORES
 from models.main_model import Head
 from models.vae import MIXING_WEIGHTS, Mixing, decode_pseudo_ood, draw_codes
 from training.fine_tune import FeatureBank, FineTuneConfig, PseudoOOD, fine_tune
-from training.stage2 import JOINT, PSEUDO, TUNABLE, Stage2Data, run_scores, run_stage2, split_model, summarise
+from training.stage2 import (
+    JOINT,
+    PSEUDO,
+    TUNABLE,
+    Stage2Data,
+    Stage2Inputs,
+    run_scores,
+    run_stage2,
+    split_model,
+    summarise,
+)
 from training.train_classifier import build_classifier
 from utils import derive_seed, generator
 
@@ -89,11 +99,12 @@ def plain_fine_tune(head, bank, pseudo, config, mode, seed):
     encode = lambda codes: pseudo.features(decode_pseudo_ood(pseudo.vae, codes, config.sigma))  # noqa: E731
     with torch.no_grad():
         ind_energies = -head(bank.train).logsumexp(1)
-        codes = draw_codes(COUNT, 6, 32, generator(seed, "margins"))
-        pseudo_energies = -head(encode(codes)).logsumexp(1)
-        m_in, m_out = ind_energies.sort().values[14], pseudo_energies.sort().values[56]  # 20 % and 80 % of 70
         if config.pseudo_pool:
             pool = encode(draw_codes(config.pseudo_pool, 6, 32, generator(seed, "pool")))
+        else:
+            pool = encode(draw_codes(COUNT, 6, 32, generator(seed, "margins")))
+        pseudo_energies = -head(pool).logsumexp(1)
+        m_in, m_out = ind_energies.sort().values[14], pseudo_energies.sort().values[len(pool) * 8 // 10]  # 20 %, 80 %
 
     def check():
         with torch.no_grad():
@@ -266,13 +277,17 @@ def data() -> Stage2Data:
     return Stage2Data(train, validation, test, {"noise": images(15)})
 
 
+@pytest.fixture
+def inputs(digits_classifier, digits_cvae, data) -> Stage2Inputs:
+    name = "same_dataset_digits"
+    return Stage2Inputs(name, TASKS[name], "partition1", digits_classifier, digits_cvae, {}, data)
+
+
 @pytest.mark.parametrize("part", ["head", "last-layer"])
-def test_networks_and_batch_norm_statistics_stay_bit_equal(digits_classifier, digits_cvae, data, part):
+def test_networks_and_batch_norm_statistics_stay_bit_equal(digits_classifier, digits_cvae, inputs, part):
     before = [deepcopy(network.state_dict()) for network in (digits_classifier, digits_cvae)]
     config = replace(CONFIG, batch_size=16)
-    results = run_stage2(
-        digits_classifier, digits_cvae, data, config, MODES, [1, 2], part, TASKS["same_dataset_digits"]
-    )
+    results = run_stage2(inputs, config, MODES, [1, 2], part)
     for network, state in zip((digits_classifier, digits_cvae), before, strict=True):
         assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
     tuned = {name: p.shape for name, p in split_model(digits_classifier, part)[1].named_parameters()}
@@ -350,14 +365,14 @@ def test_an_ablation_is_the_plain_loop_with_that_change(head, bank, pseudo, chan
     encode = lambda codes: pseudo.features(decode_pseudo_ood(pseudo.vae, codes, 3.0))  # noqa: E731
     energy = lambda head, features: -head(features)[:, :loss_logits].logsumexp(1)  # noqa: E731
     with torch.no_grad():
-        codes = draw_codes(COUNT, 6, 32, generator(1, "margins"), config.mixing)
-        m_in, m_out = energy(start, bank.train).sort().values[14], energy(start, encode(codes)).sort().values[56]
+        stream, count, rank = ("pool", 30, 24) if config.pseudo_pool else ("margins", COUNT, 56)
+        pool = encode(draw_codes(count, 6, 32, generator(1, stream), config.mixing))
+        m_in, m_out = energy(start, bank.train).sort().values[14], energy(start, pool).sort().values[rank]
     optimizer = torch.optim.Adam(head.parameters(), LEARNING_RATE)
     for epoch in range(2):
         order = torch.randperm(COUNT, generator=generator(1, "order", epoch))
         draw = generator(1, "pseudo", epoch)
         if config.pseudo_pool:
-            pool = encode(draw_codes(30, 6, 32, generator(1, "pool"), config.mixing))
             made = pool[torch.randint(30, (total,), generator=draw)]
         else:
             made = encode(draw_codes(total, 6, 32, draw, config.mixing))
@@ -378,13 +393,13 @@ def test_an_ablation_is_the_plain_loop_with_that_change(head, bank, pseudo, chan
     assert run.curve[-1].auroc["near"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_joint_training_is_the_plain_loop_from_new_weights(digits_classifier, digits_cvae, data):
-    task, config = TASKS["same_dataset_digits"], replace(CONFIG, batch_size=16, epochs=2)
-    results = run_stage2(digits_classifier, digits_cvae, data, config, ["CMG-softmax"], [3], JOINT, task)
+def test_joint_training_is_the_plain_loop_from_new_weights(digits_cvae, inputs):
+    data, config = inputs.data, replace(CONFIG, batch_size=16, epochs=2)
+    results = run_stage2(inputs, config, ["CMG-softmax"], [3], JOINT)
     (run,) = results["tuned"]
 
     torch.manual_seed(derive_seed(3, "initialisation", JOINT))
-    model = build_classifier(task).to(memory_format=torch.channels_last)
+    model = build_classifier(inputs.task).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
     for epoch in range(2):
         order = torch.randperm(40, generator=generator(3, "order", epoch))

@@ -244,16 +244,14 @@ def fine_tune(
     """
     device, count = bank.train.device, len(bank.train)
     stacks = {mode: HeadStack(head, len(seeds)) for mode in modes}
-    margins = (
-        find_margins(head, bank, pseudo, config, seeds) if any(MODES[mode].uses_margins for mode in modes) else None
-    )
+    source = PooledFeatures(pseudo, config, seeds) if config.pseudo_pool else FreshFeatures(pseudo, config, seeds)
+    margins = find_margins(head, bank, source, config) if any(MODES[mode].uses_margins for mode in modes) else None
     runs = {
         (mode, s): Run(mode, seed, margins.of(s) if MODES[mode].uses_margins else None)
         for mode in modes
         for s, seed in enumerate(seeds)
     }
     checker = Checker(head, bank, pseudo, config, seeds)
-    source = PooledFeatures(pseudo, config, seeds) if config.pseudo_pool else FreshFeatures(pseudo, config, seeds)
     optimizer = torch.optim.Adam(
         [p for stack in stacks.values() for p in stack.parameters.values()], config.learning_rate, fused=True
     )
@@ -298,9 +296,9 @@ def _loss(stacks, ind_features, labels, pseudo_features, margins, config) -> Ten
 
 
 def find_margins(
-    head: nn.Module, bank: FeatureBank, pseudo: PseudoOOD, config: FineTuneConfig, seeds: Sequence[int]
+    head: nn.Module, bank: FeatureBank, source: FreshFeatures | PooledFeatures, config: FineTuneConfig
 ) -> Margins:
-    """The margins, from the energies of the IND training images and of as many pseudo-OOD images,
+    """The margins, from the energies of the IND training images and of as many pseudo-OOD images (or of the pool),
     under the head as it is before fine-tuning."""
     start = dict(head.named_parameters())
 
@@ -308,13 +306,10 @@ def find_margins(
         return energy(head_logits(head, start, features)[:, : config.energy_logits])
 
     m_in = order_statistic(energies(bank.train), config.ind_quantile)
-    m_out = []
-    progress = Progress(len(seeds) * len(bank.train), "margins")
-    for seed in seeds:
-        features = pseudo.encode(pseudo.draw(len(bank.train), generator(seed, "margins")), progress)
-        m_out.append(order_statistic(energies(features), config.pseudo_quantile))
-    progress.close()
-    return Margins(m_in.expand(len(seeds)).clone(), torch.stack(m_out).clone())
+    m_out = [
+        order_statistic(energies(features), config.pseudo_quantile) for features in source.for_margins(len(bank.train))
+    ]
+    return Margins(m_in.expand(len(m_out)).clone(), torch.stack(m_out).clone())
 
 
 STEPS_PER_CHUNK = 16  # whose pseudo-OOD images are made at once
@@ -331,6 +326,13 @@ class FreshFeatures:
 
     def __init__(self, pseudo: PseudoOOD, config: FineTuneConfig, seeds: Sequence[int]):
         self.pseudo, self.config, self.seeds = pseudo, config, seeds
+
+    def for_margins(self, count: int):
+        """Yield features [count, F] for each seed."""
+        progress = Progress(len(self.seeds) * count, "margins")
+        for seed in self.seeds:
+            yield self.pseudo.encode(self.pseudo.draw(count, generator(seed, "margins")), progress)
+        progress.close()
 
     def batches(self, epoch: int, count: int):
         """Yield features [S, P, F] for each batch of an epoch of `count` IND images."""
@@ -350,6 +352,10 @@ class PooledFeatures:
         self.pools = torch.stack(
             [pseudo.encode(pseudo.draw(config.pseudo_pool, generator(seed, "pool"))) for seed in seeds]
         )
+
+    def for_margins(self, count: int) -> Tensor:
+        """The pools themselves, whatever the count: [S, N, F]."""
+        return self.pools
 
     def batches(self, epoch: int, count: int):
         """Yield features [S, P, F] for each batch of an epoch of `count` IND images."""

@@ -25,6 +25,7 @@ from training.fine_tune import (
     MODES,
     FeatureBank,
     FineTuneConfig,
+    FreshFeatures,
     Margins,
     PseudoOOD,
     Run,
@@ -96,26 +97,18 @@ def split_model(model: MainModel, tune: str) -> tuple[Callable[[Tensor], Tensor]
     return lambda images: F.relu(model.classifier.fc1(model.features(images))), tuned
 
 
-def make_detector(
-    classifier: MainModel,
-    run: Run,
-    data: Stage2Data,
-    tune: str,
-    score_energy: str,
-    task: Task,
-    task_name: str,
-    partition: str,
-) -> Detector:
+def make_detector(inputs: Stage2Inputs, run: Run, tune: str, score_energy: str) -> Detector:
     """The classifier with the head that `run` ended with, and the threshold that 95 % of the IND images kept from
     training, or where there are none of the IND test images, do not exceed."""
-    model = copy.deepcopy(classifier)
+    task, data = inputs.task, inputs.data
+    model = copy.deepcopy(inputs.classifier)
     model.get_submodule(TUNABLE[tune]).load_state_dict(run.last)
     threshold_from, images = (
         ("IND validation", data.validation.images) if len(data.validation) else ("IND test", data.test.images)
     )
     config = DetectorConfig(
-        task=task_name,
-        classes=task.class_names(partition),
+        task=inputs.task_name,
+        classes=task.class_names(inputs.partition),
         image_size=task.image_size,
         image_channels=task.image_channels,
         logits=task.logits,
@@ -188,24 +181,63 @@ def load_data(
     return Stage2Data(train.to(device), validation.to(device), test.to(device), ood)
 
 
+@dataclass(frozen=True)
+class Stage2Inputs:
+    """The networks that stage 1 made, how each was made by training command, and the images."""
+
+    task_name: str
+    task: Task
+    partition: str
+    classifier: MainModel
+    cvae: ConditionalVAE
+    origins: dict[str, dict]
+    data: Stage2Data
+
+    @property
+    def summary(self) -> str:
+        """How many images there are, in words."""
+        return ", ".join(f"{n:,} {name}" for name, n in self.data.counts().items())
+
+
+def load_inputs(
+    task_name: str,
+    task: Task,
+    partition: str,
+    paths: dict[str, Path],
+    ood_names: Sequence[str],
+    data_dir: Path,
+    device: torch.device,
+) -> Stage2Inputs:
+    """Everything that stage 2 needs; see `load_networks` and `load_data`, whose `UserError`s it raises."""
+    classifier, cvae, origins = load_networks(task, task_name, partition, paths, device)
+    made = {"the classifier": origins["train_classifier"], "the CVAE": origins["train_cvae"]}
+    data = load_data(task, partition, ood_names, data_dir, made, device)
+    return Stage2Inputs(task_name, task, partition, classifier, cvae, origins, data)
+
+
 def run_stage2(
-    classifier: MainModel,
-    cvae: ConditionalVAE,
-    data: Stage2Data,
+    inputs: Stage2Inputs,
     config: FineTuneConfig,
     modes: Sequence[str],
     seeds: Sequence[int],
     tune: str,
-    task: Task,
     score_pseudo: bool = False,
+    banks: dict[tuple[str, str], FeatureBank] | None = None,
 ) -> dict:
     """Fine-tune what `tune` names of the classifier, see `fine_tune_and_score`; or, where it is "joint", train the
-    task's classifier anew, see `training.joint`."""
+    task's classifier anew, see `training.joint`.
+
+    `banks` keeps the features of the images from one call with the same inputs to the next.
+    """
+    task, cvae, data = inputs.task, inputs.cvae, inputs.data
+    features, head = split_model(inputs.classifier, "head" if tune == JOINT else tune)
+    banks = {} if banks is None else banks
+    if (tune, config.precision) not in banks:
+        banks[tune, config.precision] = data.encode(features, config.precision)
+    bank, pseudo = banks[tune, config.precision], make_pseudo(cvae, features, data, config)
     if tune != JOINT:
-        return fine_tune_and_score(*split_model(classifier, tune), cvae, data, config, modes, seeds, score_pseudo)
-    features, head = split_model(classifier, "head")
-    bank, pseudo = data.encode(features, config.precision), make_pseudo(cvae, features, data, config)
-    margins = find_margins(head, bank, pseudo, config, seeds)
+        return tune_and_score(head, bank, pseudo, config, modes, seeds, score_pseudo)
+    margins = find_margins(head, bank, FreshFeatures(pseudo, config, seeds), config)
     scored, runs = untouched_scores(head, bank), []
     for mode in modes:
         for s, seed in enumerate(seeds):
@@ -240,13 +272,29 @@ def fine_tune_and_score(
     config: FineTuneConfig,
     modes: Sequence[str],
     seeds: Sequence[int],
-    score_pseudo: bool = False,
 ) -> dict:
-    """Fine-tune `head` on `features` for every mode and seed and score every OOD set.
+    """Fine-tune `head` on `features` for every mode and seed and score every OOD set: `tune_and_score`.
 
     Args:
         features: images [B, C, S, S] in [0, 1] -> [B, F]; the frozen part of the network.
-        head: [B, F] -> logits; its parameters are tuned in copies, it stays as it is itself.
+        head: [B, F] -> logits.
+    """
+    bank, pseudo = data.encode(features, config.precision), make_pseudo(cvae, features, data, config)
+    return tune_and_score(head, bank, pseudo, config, modes, seeds)
+
+
+def tune_and_score(
+    head: nn.Module,
+    bank: FeatureBank,
+    pseudo: PseudoOOD,
+    config: FineTuneConfig,
+    modes: Sequence[str],
+    seeds: Sequence[int],
+    score_pseudo: bool = False,
+) -> dict:
+    """Fine-tune `head` for every mode and seed, in copies, and score every OOD set.
+
+    Args:
         score_pseudo: score as many new pseudo-OOD images as there are IND test images, too.
 
     Returns:
@@ -254,7 +302,6 @@ def fine_tune_and_score(
         margins; "scores": the `Scored` images behind all of them; "tuned": for each run its `Run`, whose heads can
         be saved.
     """
-    bank, pseudo = data.encode(features, config.precision), make_pseudo(cvae, features, data, config)
     runs = fine_tune(head, bank, pseudo, config, modes, seeds)
     scored = untouched_scores(head, bank)
     for run in runs:
