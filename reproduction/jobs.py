@@ -1,0 +1,158 @@
+"""A job: the commands that make the results of one partition and one training seed, in a folder of its own.
+
+    python -m reproduction.jobs FOLDER
+
+runs what is still to do of the job that FOLDER/job.json describes. Every step is one of the repository's commands and
+resumes by itself; what is done is recorded in FOLDER/done.json with the options it was done with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from utils import Stopped, UserError, run_command, write_json
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command.
+
+    Attributes:
+        module: of the command, such as "train".
+        argv: its options; with others the step is another one and has to be done anew.
+        output: the file it writes.
+    """
+
+    name: str
+    module: str
+    argv: tuple[str, ...]
+    output: Path
+
+
+@dataclass(frozen=True)
+class Job:
+    """Steps in their order; each needs those before it.
+
+    Attributes:
+        machine: options of every step that change no result: where the images are, on which device.
+    """
+
+    folder: Path
+    steps: tuple[Step, ...]
+    machine: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.txt"
+
+    def write(self) -> None:
+        """Leave the job where `read_job` finds it."""
+        write_json(self.folder / "job.json", json.loads(json.dumps(asdict(self), default=str)))
+
+    def records(self) -> dict[str, dict]:
+        """What is done: for each step, from the first, its options and seconds; nothing after a gap."""
+        try:
+            recorded = json.loads((self.folder / "done.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        found = {}
+        for step in self.steps:
+            record = recorded.get(step.name)
+            if not record or record["argv"] != list(step.argv) or not step.output.is_file():
+                break
+            found[step.name] = record
+        return found
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.records()) == len(self.steps)
+
+
+def read_job(folder: Path) -> Job:
+    """The job that `Job.write` left in `folder`. Raises `UserError`."""
+    try:
+        content = json.loads((Path(folder) / "job.json").read_text())
+        steps = tuple(
+            Step(step["name"], step["module"], tuple(step["argv"]), Path(step["output"])) for step in content["steps"]
+        )
+        return Job(Path(content["folder"]), steps, tuple(content["machine"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{folder}: holds no job; python -m reproduce makes the folders of its jobs") from None
+
+
+def run_job(folder: Path) -> int:
+    """Do what is left of a job, logging to its folder; return the exit status of the step that failed, or 0.
+
+    Another process that runs the same job is waited for.
+    """
+    job = read_job(folder)
+    with open(job.log, "a", buffering=1) as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        fcntl.flock(log, fcntl.LOCK_EX)
+        for step in job.steps:
+            records = job.records()
+            if step.name in records:
+                continue
+            print(f"$ python -m {' '.join([step.module, *step.argv, *job.machine])}")
+            start = time.monotonic()
+            command = importlib.import_module(step.module)
+            status = run_command(command.main, command.get_parser(), [*step.argv, *job.machine])
+            if status:
+                return status
+            record = {"argv": list(step.argv), "seconds": round(time.monotonic() - start, 1)}
+            write_json(job.folder / "done.json", records | {step.name: record})
+    return 0
+
+
+def last_line(path: Path) -> str:
+    """The last line of a log that says something."""
+    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()] if path.is_file() else []
+    return lines[-1] if lines else "nothing was logged"
+
+
+def stop_with_parent() -> None:
+    """Stop this process, as SIGTERM does, when the one that holds the other end of its standard input is gone."""
+
+    def watch() -> None:
+        while sys.stdin.buffer.raw.read(1):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "reproduction.jobs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="of the job")
+    parser.add_argument("--stop-with-parent", action="store_true", help="stop when standard input is closed")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.stop_with_parent:
+        stop_with_parent()
+    status = run_job(args.folder)
+    if status > 128:
+        raise Stopped("stopped; the same command goes on from there", status - 128)
+    if status:
+        raise UserError(last_line(read_job(args.folder).log))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, get_parser()))

@@ -1,0 +1,140 @@
+"""Where jobs run: on this machine, one for each GPU or a share of the cores, or as an array of a Slurm cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from reproduction.jobs import Job, run_job
+from utils import UserError, write_json
+
+POLL_SECONDS = 0.2
+FREE_SHARE = 0.9  # of the memory of a GPU that nobody uses
+
+
+def local_slots(device: str | None, jobs: int | None) -> list[dict[str, str]]:
+    """The environment of each job that may run at the same time on this machine.
+
+    Without `device` every GPU that is free takes one job; without GPUs `jobs` of them share the cores.
+    """
+    import torch
+
+    if device is None and torch.cuda.is_available():
+        free = [index for index in range(torch.cuda.device_count()) if gpu_is_free(index)]
+        if not free:
+            raise UserError("no GPU is free: wait, or name one with --device cuda:N, or --device cpu")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+        return [{"CUDA_VISIBLE_DEVICES": names[index]} for index in free[:jobs]]
+    count = jobs or 1
+    return [{"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // count))}] * count
+
+
+def gpu_is_free(index: int) -> bool:
+    """Whether almost all of a GPU's memory is unused."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info(index)
+    return free / total > FREE_SHARE
+
+
+def run_local(
+    jobs: Sequence[Job], slots: Sequence[dict[str, str]], report: Callable[[str], None] = print
+) -> dict[str, int]:
+    """Run the jobs here, as many at a time as there are slots; a job that fails does not stop the others.
+
+    When this process is stopped, so are the jobs, which save what they have; they stop too if it is killed.
+
+    Returns:
+        the exit status of each job, by name.
+    """
+    waiting, free, running, statuses = list(jobs), list(slots), {}, {}
+    try:
+        while waiting or running:
+            while waiting and free:
+                job, slot = waiting.pop(0), free.pop(0)
+                command = [sys.executable, "-m", "reproduction.jobs", str(job.folder), "--stop-with-parent"]
+                running[job.name] = (
+                    subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | slot),
+                    job,
+                    slot,
+                    time.monotonic(),
+                )
+            for name, (process, job, slot, start) in list(running.items()):
+                if process.poll() is not None:
+                    statuses[name] = process.returncode
+                    free.append(slot)
+                    del running[name]
+                    how = "done" if process.returncode == 0 else f"failed with status {process.returncode}, see {job.log}"
+                    report(f"[{len(statuses)}/{len(jobs)}] {name}: {how} ({time.monotonic() - start:.0f} s)")
+            time.sleep(POLL_SECONDS)
+    finally:
+        for process, *_ in running.values():
+            process.terminate()
+        for process, *_ in running.values():
+            process.wait()
+    return statuses
+
+
+class ClusterJob:
+    """A job as submitit runs it: again from where it stood when its time is up or it is preempted."""
+
+    def __call__(self, folder: str) -> int:
+        status = run_job(Path(folder))
+        if status:
+            raise RuntimeError(f"{folder}: exit status {status}, see log.txt there")
+        return status
+
+    def checkpoint(self, folder: str):
+        """What submitit puts into the queue instead."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, folder)
+
+
+def submit(jobs: Sequence[Job], folder: Path, cluster: str = "slurm", **parameters: object) -> dict[str, str]:
+    """Put those jobs into the queue, as one array, that are not in it already.
+
+    Args:
+        folder: of submitit's files.
+        cluster: "slurm", or "local" to try the same on this machine.
+        parameters: of submitit's AutoExecutor, such as timeout_min, slurm_partition, gpus_per_node.
+
+    Returns:
+        the number in the queue of each job, by name.
+
+    Raises:
+        UserError: submitit is not installed, or there is no Slurm here.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise UserError("--launcher slurm needs submitit: pip install submitit") from None
+    queue = folder / "queue.json"
+    numbers = json.loads(queue.read_text()) if queue.is_file() else {}
+    waiting = [job for job in jobs if not is_queued(numbers.get(job.name), folder, cluster)]
+    if waiting:
+        try:
+            executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+        except RuntimeError as error:
+            raise UserError(f"--launcher slurm: {error}; run it where sbatch is, or use --launcher local") from None
+        executor.update_parameters(**parameters)
+        submitted = executor.map_array(ClusterJob(), [str(job.folder) for job in waiting])
+        numbers |= {job.name: one.job_id for job, one in zip(waiting, submitted, strict=True)}
+        write_json(queue, numbers)
+    return {job.name: numbers[job.name] for job in jobs}
+
+
+def is_queued(number: str | None, folder: Path, cluster: str) -> bool:
+    """Whether a job that was submitted before is still waiting or running."""
+    import submitit
+
+    if number is None:
+        return False
+    kind = {"slurm": submitit.SlurmJob, "local": submitit.LocalJob}[cluster]
+    return kind(folder, number).state in ("PENDING", "RUNNING", "REQUEUED", "SUSPENDED", "CONFIGURING")
