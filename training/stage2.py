@@ -11,17 +11,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from datasets.datasetsHelper import Images, load_ind, load_ood, split_validation, to_float
 from datasets.tasks import COMMANDS, Task
 from evaluation.detector import Detector, DetectorConfig, acceptance_threshold
 from evaluation.report import BASELINES, detection_row, ind_figures
+from models.inference import in_chunks
 from models.main_model import MainModel
 from models.vae import ConditionalVAE
 from training.checkpoints import load_network
 from training.fine_tune import MODES, FeatureBank, FineTuneConfig, PseudoOOD, Run, fine_tune, head_logits
-from training.inference import in_chunks
 from training.loop import fingerprint
 from training.stages import STAGES
 from utils import Progress, UserError
@@ -78,7 +77,7 @@ def split_model(model: MainModel, tune: str) -> tuple[Callable[[Tensor], Tensor]
     tuned = model.get_submodule(TUNABLE[tune])
     if tune == "head":
         return model.features, tuned
-    return lambda images: F.relu(model.classifier.fc1(model.features(images))), tuned
+    return lambda images: model.classifier.hidden(model.features(images)), tuned
 
 
 def make_detector(
