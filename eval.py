@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from datasets.tasks import add_data_arguments, all_partitions, default_checkpoint, task_from_arguments, task_names
+from evaluation.baselines import IND_TEST, POST_HOC, baseline_rows, baseline_scores
 from utils import (
     UserError,
     add_common_arguments,
@@ -72,6 +73,14 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--save-detector", type=Path, help="write the fine-tuned detector of one mode and seed, for scoring new images"
+    )
+    parser.add_argument(
+        "--baselines",
+        nargs="*",
+        choices=list(POST_HOC),
+        metavar="NAME",
+        help="post-hoc detectors of pytorch-ood on the untouched classifier, beside MSP and energy, which are always "
+        f"there: {', '.join(POST_HOC)} (without a name: all)",
     )
     method = parser.add_argument_group(
         "the method", "the defaults are the paper's; anything else is another experiment"
@@ -161,7 +170,13 @@ def main(args: argparse.Namespace) -> None:
         flush=True,
     )
 
+    compared = {}
+    if args.baselines is not None:  # first: a detector may fail
+        names = list(dict.fromkeys(args.baselines)) or list(POST_HOC)
+        sets = {IND_TEST: data.test.images} | data.ood
+        compared = baseline_scores(classifier, data.train, sets, config.num_ind, config.precision, names)
     results = run_stage2(classifier, cvae, data, config, modes, seeds, args.tune)
+    results["detection"] = baseline_rows(compared) + results["detection"]
     print(f"\n{format_table(results['detection'])}\n\n{format_ind_table(results['ind'])}\n")
     about = {
         "command": shlex.join(["python", "-m", "eval", *args.argv]),
