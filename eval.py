@@ -24,6 +24,7 @@ from datasets.tasks import (
     task_from_arguments,
     task_names,
 )
+from evaluation.baselines import POST_HOC
 from utils import (
     UserError,
     add_common_arguments,
@@ -90,6 +91,14 @@ def get_parser() -> argparse.ArgumentParser:
         "--save-detector", type=Path, help="write the fine-tuned detector of one mode and seed, for scoring new images"
     )
     parser.add_argument("--save-scores", type=Path, help="write the scores of all images, for plots, as a .npz file")
+    parser.add_argument(
+        "--baselines",
+        nargs="*",
+        choices=list(POST_HOC),
+        metavar="NAME",
+        help="post-hoc detectors of pytorch-ood on the untouched classifier, beside MSP and energy, which are always "
+        f"there: {', '.join(POST_HOC)} (without a name: all)",
+    )
     method = parser.add_argument_group(
         "the method", "the defaults are the paper's; anything else is another experiment"
     )
@@ -162,7 +171,8 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     from evaluation.report import format_ind_table, format_table
-    from training.stage2 import make_detector, run_stage2, save_scores
+    from training.scored import save_scores
+    from training.stage2 import make_detector, run_stage2
     from utils import write_json
 
     setup = read_arguments(args)
@@ -174,7 +184,10 @@ def main(args: argparse.Namespace) -> None:
     inputs = load(args, setup)
     print(f"{setup.task_name} {setup.partition} on {setup.device} in {config.precision}: {inputs.summary}", flush=True)
 
-    results = run_stage2(inputs, config, setup.modes, setup.seeds, args.tune, score_pseudo=bool(args.save_scores))
+    baselines = [] if args.baselines is None else list(dict.fromkeys(args.baselines)) or list(POST_HOC)
+    results = run_stage2(
+        inputs, config, setup.modes, setup.seeds, args.tune, score_pseudo=bool(args.save_scores), baselines=baselines
+    )
     print(f"\n{format_table(results['detection'])}\n\n{format_ind_table(results['ind'])}\n")
     about = describe("eval", args, setup, inputs) | {"config": asdict(config) | {"tune": args.tune}}
     write_json(output, about | {key: results[key] for key in ("detection", "ind", "runs")})

@@ -10,6 +10,7 @@ from torch import Tensor
 from evaluation.metrics import accuracy, detection_metrics, expected_calibration_error
 from evaluation.scores import energy, msp_score
 
+IND_TEST, PSEUDO = "IND test", "pseudo-OOD"  # image sets, beside the OOD sets
 POSITIVE_CLASS = "OOD is the positive class; a larger score means more likely OOD"
 
 # Scores of the untouched classifier, over all its logits.

@@ -18,8 +18,12 @@ class Head(nn.Module):
         self.fc1 = nn.Linear(features, HIDDEN)
         self.fc2 = nn.Linear(HIDDEN, classes)
 
+    def hidden(self, features: Tensor) -> Tensor:
+        """[..., features] -> [..., HIDDEN], what the last layer sees."""
+        return F.relu(self.fc1(features))
+
     def forward(self, features: Tensor) -> Tensor:
-        return self.fc2(F.relu(self.fc1(features)))
+        return self.fc2(self.hidden(features))
 
 
 class MainModel(nn.Module):

@@ -70,7 +70,9 @@ def run_local(
                     statuses[name] = process.returncode
                     free.append(slot)
                     del running[name]
-                    how = "done" if process.returncode == 0 else f"failed with status {process.returncode}, see {job.log}"
+                    how = (
+                        "done" if process.returncode == 0 else f"failed with status {process.returncode}, see {job.log}"
+                    )
                     report(f"[{len(statuses)}/{len(jobs)}] {name}: {how} ({time.monotonic() - start:.0f} s)")
             time.sleep(POLL_SECONDS)
     finally:

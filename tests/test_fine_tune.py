@@ -15,21 +15,13 @@ import eval
 import training.fine_tune as fine_tune_module
 from datasets.datasetsHelper import Images, to_float
 from datasets.tasks import TASKS
+from evaluation.report import PSEUDO
 from evaluation.scores import SCORES
 from models.main_model import Head
 from models.vae import MIXING_WEIGHTS, Mixing, decode_pseudo_ood, draw_codes
 from training.fine_tune import FeatureBank, FineTuneConfig, PseudoOOD, fine_tune
-from training.stage2 import (
-    JOINT,
-    PSEUDO,
-    TUNABLE,
-    Stage2Data,
-    Stage2Inputs,
-    run_scores,
-    run_stage2,
-    split_model,
-    summarise,
-)
+from training.scored import run_scores, summarise
+from training.stage2 import JOINT, TUNABLE, Stage2Data, Stage2Inputs, run_stage2, split_model
 from training.train_classifier import build_classifier
 from utils import derive_seed, generator
 

@@ -19,8 +19,8 @@ from torch.func import functional_call, vmap
 
 from evaluation.metrics import accuracy, auroc
 from evaluation.scores import SCORES, energy
+from models.inference import CHUNK
 from models.vae import Codes, ConditionalVAE, Mixing, decode_pseudo_ood, draw_codes
-from training.inference import CHUNK
 from training.losses import energy_loss, order_statistic, softmax_loss
 from utils import Progress, UserError, autocast, generator
 

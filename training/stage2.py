@@ -9,15 +9,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from datasets.datasetsHelper import Images, load_ind, load_ood, split_validation, to_float
 from datasets.tasks import COMMANDS, Task
+from evaluation.baselines import baseline_scores
 from evaluation.detector import Detector, DetectorConfig, acceptance_threshold
-from evaluation.report import BASELINES, detection_row, ind_figures
+from evaluation.report import BASELINES, IND_TEST
+from models.inference import in_chunks
 from models.main_model import MainModel
 from models.vae import ConditionalVAE
 from training.checkpoints import load_network
@@ -31,15 +31,13 @@ from training.fine_tune import (
     Run,
     find_margins,
     fine_tune,
-    head_logits,
-    score_logits,
 )
-from training.inference import in_chunks
 from training.joint import JointObjective, train_jointly
 from training.loop import fingerprint
+from training.scored import Scored, run_scores, summarise, untouched_scores
 from training.stages import STAGES
 from training.train_classifier import ClassifierObjective, build_classifier
-from utils import Progress, UserError, derive_seed, generator, replacing
+from utils import Progress, UserError, derive_seed
 
 
 def train_command(command: str, task: Task, task_name: str, partition: str, path: Path) -> str:
@@ -94,7 +92,7 @@ def split_model(model: MainModel, tune: str) -> tuple[Callable[[Tensor], Tensor]
     tuned = model.get_submodule(TUNABLE[tune])
     if tune == "head":
         return model.features, tuned
-    return lambda images: F.relu(model.classifier.fc1(model.features(images))), tuned
+    return lambda images: model.classifier.hidden(model.features(images)), tuned
 
 
 def make_detector(inputs: Stage2Inputs, run: Run, tune: str, score_energy: str) -> Detector:
@@ -222,13 +220,17 @@ def run_stage2(
     seeds: Sequence[int],
     tune: str,
     score_pseudo: bool = False,
+    baselines: Sequence[str] = (),
     banks: dict[tuple[str, str], FeatureBank] | None = None,
 ) -> dict:
     """Fine-tune what `tune` names of the classifier, see `fine_tune_and_score`; or, where it is "joint", train the
     task's classifier anew, see `training.joint`.
 
-    `banks` keeps the features of the images from one call with the same inputs to the next.
+    Args:
+        baselines: post-hoc detectors to report beside it, of `evaluation.baselines.POST_HOC`.
+        banks: keeps the features of the images from one call with the same inputs to the next.
     """
+    compared = compare(inputs, config, baselines) if baselines else []  # first: a detector may fail
     task, cvae, data = inputs.task, inputs.cvae, inputs.data
     features, head = split_model(inputs.classifier, "head" if tune == JOINT else tune)
     banks = {} if banks is None else banks
@@ -236,9 +238,9 @@ def run_stage2(
         banks[tune, config.precision] = data.encode(features, config.precision)
     bank, pseudo = banks[tune, config.precision], make_pseudo(cvae, features, data, config)
     if tune != JOINT:
-        return tune_and_score(head, bank, pseudo, config, modes, seeds, score_pseudo)
+        return tune_and_score(head, bank, pseudo, config, modes, seeds, score_pseudo, compared)
     margins = find_margins(head, bank, FreshFeatures(pseudo, config, seeds), config)
-    scored, runs = untouched_scores(head, bank), []
+    scored, runs = untouched_scores(head, bank) + compared, []
     for mode in modes:
         for s, seed in enumerate(seeds):
             run = Run(mode, seed, margins.of(s) if MODES[mode].uses_margins else None)
@@ -254,6 +256,13 @@ def run_stage2(
             scored += run_scores(model.classifier, own, run, config, fresh)
             runs.append(run)
     return summarise(scored, runs, bank, config.num_ind)
+
+
+def compare(inputs: Stage2Inputs, config: FineTuneConfig, names: Sequence[str]) -> list[Scored]:
+    """Post-hoc detectors on the untouched classifier, but those that are shown always. Raises `UserError`."""
+    sets = {IND_TEST: inputs.data.test.images} | inputs.data.ood
+    found = baseline_scores(inputs.classifier, inputs.data.train, sets, config.num_ind, config.precision, names)
+    return [Scored(name, None, "untouched", None, scores) for name, scores in found.items() if name not in BASELINES]
 
 
 def make_pseudo(
@@ -291,11 +300,13 @@ def tune_and_score(
     modes: Sequence[str],
     seeds: Sequence[int],
     score_pseudo: bool = False,
+    compared: Sequence[Scored] = (),
 ) -> dict:
     """Fine-tune `head` for every mode and seed, in copies, and score every OOD set.
 
     Args:
         score_pseudo: score as many new pseudo-OOD images as there are IND test images, too.
+        compared: other detectors to report.
 
     Returns:
         "detection": rows of detection figures; "ind": rows of figures on IND test images; "runs": curves and
@@ -303,100 +314,7 @@ def tune_and_score(
         be saved.
     """
     runs = fine_tune(head, bank, pseudo, config, modes, seeds)
-    scored = untouched_scores(head, bank)
+    scored = [*untouched_scores(head, bank), *compared]
     for run in runs:
         scored += run_scores(head, bank, run, config, pseudo if score_pseudo else None)
     return summarise(scored, runs, bank, config.num_ind)
-
-
-IND_TEST, PSEUDO = "IND test", "pseudo-OOD"  # image sets, beside the OOD sets
-
-
-@dataclass(frozen=True)
-class Scored:
-    """The images as one detector sees them.
-
-    Attributes:
-        method, seed, at: which detector: its name, its seed (None where there is no chance in it), its step.
-        logits: of the IND test images, or None where the detector is no classifier of its own.
-        scores: OOD scores [N] by image set: `IND_TEST`, the OOD sets, perhaps `PSEUDO`.
-    """
-
-    method: str
-    seed: int | None
-    at: str
-    logits: Tensor | None
-    scores: dict[str, Tensor]
-
-
-def untouched_scores(head: nn.Module, bank: FeatureBank) -> list[Scored]:
-    """The classifier before fine-tuning under the scores of `BASELINES`."""
-    start = dict(head.named_parameters())
-    logits = {name: head_logits(head, start, features) for name, features in test_sets(bank).items()}
-    scores = {method: {name: score(values) for name, values in logits.items()} for method, score in BASELINES.items()}
-    return [Scored(method, None, "untouched", logits[IND_TEST], scores[method]) for method in BASELINES]
-
-
-def run_scores(
-    head: nn.Module, bank: FeatureBank, run: Run, config: FineTuneConfig, pseudo: PseudoOOD | None = None
-) -> list[Scored]:
-    """A run's head after the last step and at the validated one; with `pseudo` its images too."""
-    sets, scored = test_sets(bank), []
-    if pseudo:
-        sets[PSEUDO] = pseudo.encode(pseudo.draw(len(bank.test), generator(run.seed, "scored")))
-    for at, parameters in (("last", run.last), ("validated", run.validated)):
-        if parameters is not None:
-            logits = {name: head_logits(head, parameters, features) for name, features in sets.items()}
-            scores = {name: score_logits(values, run.mode, config) for name, values in logits.items()}
-            scored.append(Scored(run.mode, run.seed, at, logits[IND_TEST], scores))
-    return scored
-
-
-def test_sets(bank: FeatureBank) -> dict[str, Tensor]:
-    return {IND_TEST: bank.test} | bank.ood
-
-
-def summarise(scored: list[Scored], runs: list[Run], bank: FeatureBank, num_ind: int) -> dict:
-    """Scores and runs as figures; see `fine_tune_and_score`."""
-    detection, ind = [], []
-    for one in scored:
-        classifier = {"method": "classifier" if one.at == "untouched" else one.method, "seed": one.seed, "at": one.at}
-        if one.logits is not None and classifier not in [{key: row[key] for key in classifier} for row in ind]:
-            ind.append(classifier | ind_figures(one.logits, bank.test_labels, num_ind))
-        for name in bank.ood:
-            detection.append(detection_row(one.method, name, one.seed, one.at, one.scores[IND_TEST], one.scores[name]))
-    for run in runs:
-        for name in bank.ood if run.curve else ():
-            best = max(check.auroc[name] for check in run.curve)
-            detection.append({"method": run.mode, "ood_dataset": name, "seed": run.seed, "at": "max", "auroc": best})
-    methods = list(dict.fromkeys(one.method for one in scored))
-    detection.sort(key=lambda row: (list(bank.ood).index(row["ood_dataset"]), methods.index(row["method"])))
-    return {
-        "detection": detection,
-        "ind": ind,
-        "runs": [run_summary(run) for run in runs],
-        "scores": scored,
-        "tuned": runs,
-    }
-
-
-def save_scores(path: Path, scored: Sequence[Scored]) -> None:
-    """Write the scores of all images as a compressed numpy archive: METHOD/SEED/STEP/IMAGES -> [N]."""
-    arrays = {
-        f"{one.method}/{'-' if one.seed is None else one.seed}/{one.at}/{name}": scores.cpu().numpy()
-        for one in scored
-        for name, scores in one.scores.items()
-    }
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, **arrays)
-
-
-def run_summary(run: Run) -> dict:
-    """A run as plain values, without its parameters."""
-    return {
-        "mode": run.mode,
-        "seed": run.seed,
-        "margins": run.margins and {"m_in": run.margins[0], "m_out": run.margins[1]},
-        "validated_step": run.validated_step,
-        "curve": [check._asdict() for check in run.curve],
-    }

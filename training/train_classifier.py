@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from datasets.datasetsHelper import Images, to_float
 from datasets.tasks import Task
 from evaluation.metrics import accuracy
+from models.inference import in_chunks
 from models.main_model import MainModel
-from training.inference import in_chunks
 
 CROP_PADDING = 4
 

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from datasets.datasetsHelper import Images, to_float
 from datasets.tasks import Task
+from models.inference import in_chunks
 from models.vae import ConditionalVAE
-from training.inference import in_chunks
 
 Z_DIM = 32
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from csi.augmentation import ROTATIONS
 from csi.network import CSINet
 from datasets.datasetsHelper import to_float
-from training.inference import in_chunks
+from models.inference import in_chunks
 
 
 def marginalise(joint: Tensor) -> Tensor:
