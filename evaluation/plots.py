@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # --- style --------------------------------------------------------------------------------------
 
-WIDTH = 7.2  # inches, at 100 to 115 pixels each where a page shows the picture
+WIDTH = 6.4  # inches, at 110 to 130 pixels each where a page shows the picture
 PIXELS = 200  # an inch of a PNG file
 INK, GREY, LIGHT = "#222222", "#767676", "#b4b4b4"
 STYLE = {
@@ -99,11 +99,11 @@ def styled(function: Callable) -> Callable:
     return under_style
 
 
-def _new(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
+def _new(height: float) -> tuple[Figure, Axes]:
     """A figure of so many inches with one pair of axes."""
     from matplotlib.figure import Figure
 
-    figure = Figure((width, height), layout="constrained")
+    figure = Figure((WIDTH, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
@@ -203,9 +203,9 @@ def score_histograms(
     Probabilities, which is what scores all within [0, 1] are, are drawn as log-odds: nearly all are close to 0 or 1.
     """
     scores = {kind: _checked(kind, values) for kind, values in scores.items()}
-    (first, ind), *others = scores.items()
-    legend = {first: f"{first} (n = {len(ind):,})"}
-    legend |= {kind: f"{kind} (n = {len(part):,})\nAUROC {_per_cent(_auroc(ind, part))}" for kind, part in others}
+    (_, ind), *others = scores.items()
+    legend = {kind: f"{kind}\nn = {len(part):,}" for kind, part in scores.items()}
+    legend |= {kind: f"{legend[kind]}\nAUROC {_per_cent(_auroc(ind, part))}" for kind, part in others}
     name = SCORE_NAMES.get(detector, f"{detector} score")
     if all(part.min() >= 0 and part.max() <= 1 for part in scores.values()):
         scores, name = {kind: log_odds(part) for kind, part in scores.items()}, f"{name}, as log-odds"
@@ -214,13 +214,13 @@ def score_histograms(
     if any(part.min() < edges[0] or part.max() > edges[-1] for part in scores.values()):
         notes.append(BEYOND_NOTE)
 
-    figure, axes = _new(3.7)
+    figure, axes = _new(3.9)
     for (kind, part), style in zip(scores.items(), KINDS, strict=False):
         share = 100 * np.histogram(part.clip(edges[0], edges[-1]), edges)[0] / len(part)
         axes.stairs(share, edges, fill=True, alpha=0.25, color=style["color"])
         axes.stairs(share, edges, baseline=None, label=legend[kind], linewidth=1.6, **style)
     axes.set(xlim=(edges[0], edges[-1]), ylim=(0, None), ylabel="images of the kind, % in each bin")
-    axes.set_xlabel(f"{name} (larger: more likely OOD)")
+    axes.set_xlabel(f"{name}\nlarger: more likely OOD")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.06), ncols=len(KINDS), borderaxespad=0, borderpad=0)
     for margin, label in zip(margins or (), MARGIN_NAMES, strict=False):
         _mark_value(axes, margin, label, "right" if margin == min(margins) else "left")
@@ -244,6 +244,9 @@ def bin_edges(kinds: Sequence[np.ndarray], include: Sequence[float] = ()) -> np.
     return np.linspace(low, high, BINS + 1) if low < high else np.linspace(low - 0.5, high + 0.5, BINS + 1)
 
 
+CROWDED = 6  # detectors that can still be told apart
+
+
 @styled
 def roc_curves(detectors: Mapping[str, tuple[Sequence[float], Sequence[float]]], ood_name: str = "OOD") -> Figure:
     """Receiver operating characteristics of several detectors on the same images, the best named first.
@@ -260,36 +263,32 @@ def roc_curves(detectors: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     areas = {name: _auroc(*pair) for name, pair in pairs.items()}
     names = sorted(areas, key=areas.get, reverse=True)
     crowd = [name for name in names if not name.startswith(OURS)] if len(names) > CROWDED else []
-    names = [name for name in names if name not in crowd] + crowd
-    styles = line_styles([name for name in detectors if name not in crowd])
-    styles |= {name: {"color": LIGHT, "linestyle": "-", "zorder": 1.5, "linewidth": 1.2} for name in crowd}
+    named = [name for name in names if name not in crowd]
+    styles = line_styles([name for name in detectors if name in named])
+    styles |= dict.fromkeys(crowd, {"color": LIGHT, "linewidth": 1.2, "zorder": 1.5})
+    legend = {name: f"{name}\nAUROC {_per_cent(areas[name])}" for name in named} | {name: f"_{name}" for name in crowd}
     if crowd:
-        styles[crowd[0]] = {"color": INK, "linestyle": (0, (4, 1, 1, 1)), "zorder": 1.9}
-    figure, axes = _new(4.6)
-    lines = {}
-    for name in names:
-        ind, ood = pairs[name]
-        false, true, _ = roc_curve(np.repeat([0, 1], [len(ind), len(ood)]), np.concatenate([ind, ood]))
-        style = {key: value for key, value in styles[name].items() if key != "marker"}
-        (lines[name],) = axes.plot(100 * false, 100 * true, label=f"{name}\nAUROC {_per_cent(areas[name])}", **style)
-    for name in crowd[1:]:
-        lines[name].set_label(f"_{name}")
+        best, *rest = crowd
+        styles[best] = {"color": INK, "linestyle": (0, (4, 1, 1, 1)), "zorder": 1.9}
+        legend[best] = f"{best}, best of {len(crowd)} others\nAUROC {_per_cent(areas[best])}"
     if crowd[1:]:
-        others, worst, best = crowd[1:], areas[crowd[-1]], areas[crowd[1]]
-        lines[crowd[0]].set_label(f"{crowd[0]}, best of {len(crowd)} others\nAUROC {_per_cent(areas[crowd[0]])}")
-        lines[crowd[1]].set_label(f"the remaining {len(others)}\nAUROC {100 * worst:.2f} to {_per_cent(best)}")
+        spread = f"{100 * areas[rest[-1]]:.2f} to {_per_cent(areas[rest[0]])}"
+        legend[rest[0]] = f"the remaining {len(rest)}\nAUROC {spread}"
+
+    figure, axes = _new(4.1)
     axes.plot([0, 100], [0, 100], color=LIGHT, linewidth=1, linestyle=":", zorder=1, label="_chance")
     axes.text(52, 47, "chance", color=GREY, fontsize=8, rotation=45, rotation_mode="anchor", va="top", ha="center")
-    axes.set(xlim=(-1, 101), ylim=(-1, 101), aspect="equal", xticks=range(0, 101, 20), yticks=range(0, 101, 20))
+    for name in [*named, *crowd]:
+        ind, ood = pairs[name]
+        truth, scores = np.repeat([0, 1], [len(ind), len(ood)]), np.concatenate([ind, ood])
+        false_positives, true_positives, _ = roc_curve(truth, scores)
+        axes.plot(100 * false_positives, 100 * true_positives, label=legend[name], **styles[name] | {"marker": ""})
+    axes.set(xlim=(-1, 101), ylim=(-1, 101), xticks=range(0, 101, 20), yticks=range(0, 101, 20))
+    axes.set(xlabel="IND images taken for OOD, %", ylabel=f"{ood_name} images detected, %")
+    axes.set_aspect("equal", anchor="W")
     axes.grid(True, axis="x")
-    axes.set_xlabel("IND images taken for OOD, %")
-    axes.set_ylabel(f"{ood_name} images detected, %")
-    axes.set_anchor("W")
     axes.legend(loc="center left", bbox_to_anchor=(1.03, 0.5), labelspacing=0.9, borderaxespad=0)
     return figure
-
-
-CROWDED = 6  # detectors that can still be told apart
 
 
 def _checked(name: str, values: Sequence[float]) -> np.ndarray:
@@ -329,7 +328,7 @@ def auroc_over_steps(runs: Sequence[Mapping], ood_dataset: str, baselines: Mappi
         ood_dataset: which AUROC.
         baselines: name -> AUROC of an untouched classifier.
     """
-    figure, axes = _new(4.2)
+    figure, axes = _new(3.8)
     ends, used = [], set()
     for mode, style in line_styles(list(dict.fromkeys(run["mode"] for run in runs))).items():
         members = [run for run in runs if run["mode"] == mode]
@@ -380,7 +379,7 @@ def sweep(
         own: the method's own value, to be marked.
         baselines: name -> AUROC of an untouched classifier.
     """
-    figure, axes = _new(4.0)
+    figure, axes = _new(3.6)
     ends = []
     for mode, style in line_styles(list(modes)).items():
         points = [(value, np.array(shares) * 100) for value, shares in sorted(modes[mode].items())]
@@ -402,7 +401,7 @@ def sweep(
 
 # --- labels in place of legends -----------------------------------------------------------------
 
-LINE = 0.16  # inches that a line of small text takes
+LINE = 0.17  # inches that a line of small text takes
 
 
 def _name_lines(axes: Axes, ends: list, baselines: Mapping[str, float] | None, label: str) -> None:
