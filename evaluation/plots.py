@@ -55,6 +55,7 @@ STYLE = {
     "figure.dpi": 100,
     "figure.constrained_layout.w_pad": 0.08,
     "figure.constrained_layout.h_pad": 0.06,
+    "text.parse_math": False,  # names of data sets are drawn as they are
     "svg.fonttype": "path",  # text looks the same wherever the picture is shown
     "svg.hashsalt": "figure",  # the same data make the same file
 }
@@ -215,7 +216,7 @@ def score_histograms(
         notes.append(BEYOND_NOTE)
 
     figure, axes = _new(3.9)
-    for (kind, part), style in zip(scores.items(), KINDS, strict=False):
+    for (kind, part), style in zip(scores.items(), KINDS[: len(scores)], strict=True):
         share = 100 * np.histogram(part.clip(edges[0], edges[-1]), edges)[0] / len(part)
         axes.stairs(share, edges, fill=True, alpha=0.25, color=style["color"])
         axes.stairs(share, edges, baseline=None, label=legend[kind], linewidth=1.6, **style)
@@ -224,7 +225,7 @@ def score_histograms(
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.06), ncols=len(KINDS), borderaxespad=0, borderpad=0)
     for margin, label in zip(margins or (), MARGIN_NAMES, strict=False):
         _mark_value(axes, margin, label, "right" if margin == min(margins) else "left")
-    figure.supxlabel("\n".join(notes), fontsize=8, color=GREY, x=0.012, ha="left", linespacing=1.3)
+    figure.supxlabel("\n".join(notes), fontsize=8, color=GREY, x=0.012, ha="left", linespacing=1.3, parse_math=True)
     return figure
 
 
@@ -406,9 +407,10 @@ LINE = 0.17  # inches that a line of small text takes
 
 def _name_lines(axes: Axes, ends: list, baselines: Mapping[str, float] | None, label: str) -> None:
     """Name each line, (height of its end, text, colour), at its right end, and draw the baselines, dashed."""
-    for name, share in (baselines or {}).items():
-        axes.axhline(100 * share, color=GREY, linewidth=1, linestyle=(0, (6, 3)), label=name, zorder=1)
-        ends.append((100 * share, f"{name}, untouched\n{100 * share:.2f}", GREY))
+    baselines = {name: 100 * share for name, share in (baselines or {}).items()}
+    for name, height in baselines.items():
+        axes.axhline(height, color=GREY, linewidth=1, linestyle=(0, (6, 3)), label=name, zorder=1)
+    ends = [*ends, *((height, f"{name}, untouched\n{height:.2f}", GREY) for name, height in baselines.items())]
     low, high = axes.get_ylim()
     high = min(high, 100 + 0.02 * (100 - low))  # nothing is above 100 %
     axes.set(ylim=(low, high), ylabel=label)
@@ -438,4 +440,4 @@ def _mark_value(axes: Axes, value: float, name: str, align: str = "center") -> N
     """A vertical line at a value of the horizontal axis, its name above the axes, aligned to the line."""
     axes.axvline(value, color=INK, linewidth=1, linestyle=(0, (4, 2)), zorder=1.5, label=name)
     place = {"xycoords": ("data", "axes fraction"), "xytext": (0, 2), "textcoords": "offset points"}
-    axes.annotate(name, (value, 1), ha=align, va="bottom", fontsize=9, annotation_clip=False, **place)
+    axes.annotate(name, (value, 1), ha=align, va="bottom", fontsize=9, annotation_clip=False, parse_math=True, **place)

@@ -162,6 +162,13 @@ def test_probabilities_are_drawn_as_log_odds():
     assert odds == pytest.approx([-16 * np.log(10), -np.log(4), 0, np.log(4), np.log(2.0**53)], rel=1e-9, abs=1e-12)
 
 
+def test_names_are_drawn_as_they_are_and_a_fourth_kind_is_refused():
+    figure = plots.score_histograms("MSP", {"IND": [0.0, 2.0], r"$\bad$ folder": [1.0]})
+    assert plots.figure_bytes(figure).startswith(b"<?xml")
+    with pytest.raises(ValueError, match="zip"):
+        plots.score_histograms("MSP", dict.fromkeys("abcd", [0.0, 1.0]))
+
+
 @pytest.mark.parametrize(("values", "fault"), [([], "none"), ([1.0, float("nan")], "not all finite")])
 def test_scores_that_cannot_be_drawn_are_refused(values, fault):
     with pytest.raises(ValueError, match=f"the scores of OOD are {fault}"):
