@@ -47,12 +47,12 @@ class Text:
 
 @dataclass(frozen=True)
 class Code:
-    """What was typed or printed, line by line, as it was."""
+    """Commands, one a line; a long one is wrapped."""
 
     text: str
 
     def html(self) -> str:
-        return f'<pre tabindex="0"><code>{escape(self.text)}</code></pre>'
+        return f"<pre><code>{escape(self.text)}</code></pre>"
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,8 @@ h2 { margin: 2.75rem 0 0.75rem; font-size: 1.3rem; line-height: 1.3; }
 p { margin: 0 0 1rem; max-width: 44rem; }
 a { color: var(--link); }
 nav ul { margin: 0 0 1rem; padding: 0; list-style: none; display: flex; flex-wrap: wrap; gap: 0.25rem 1.25rem; }
-pre { margin: 0 0 1rem; padding: 0.75rem 1rem; overflow-x: auto; border-radius: 6px; background: var(--panel);
-  font-size: 0.85rem; line-height: 1.5; }
+pre { margin: 0 0 1rem; padding: 0.75rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere;
+  border-radius: 6px; background: var(--panel); font-size: 0.85rem; line-height: 1.5; }
 code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 .scroll { max-height: 85vh; overflow: auto; }
 table { border-collapse: collapse; font-size: 0.92rem; font-variant-numeric: tabular-nums; }
