@@ -1,4 +1,4 @@
-"""Draw what a CVAE does: IND test images, their reconstructions and pseudo-OOD images, 64 of each, as PNG files.
+"""Draw what a CVAE does: IND test images, their reconstructions under them and pseudo-OOD images, in one PNG file.
 
 python -m figure.samples --task same_dataset_mnist --partition partition1
 """
@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 
 from datasets.tasks import add_data_arguments, all_partitions, default_checkpoint, task_from_arguments, task_names
-from utils import add_common_arguments, check_writable, positive_float, replacing, run_command, seed_number
+from utils import add_common_arguments, check_writable, positive_float, run_command, seed_number
 
-COUNT, SIDE = 64, 8
-ENLARGED = 448  # pixels: the least side of a picture
+COUNT = 24  # images of each kind: two lines
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -24,49 +23,49 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--params-dict-name2", type=Path, help="the CVAE's checkpoint (default: where train writes it)")
     parser.add_argument("--sigma", type=positive_float, help="of the latents (default: the task's)")
     parser.add_argument("--seed", type=seed_number, default=123, help="(default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="folder of the pictures (default: results/TASK_PARTITION_samples)")
+    parser.add_argument("--output", type=Path, help="PNG file (default: results/TASK_PARTITION_samples.png)")
     add_data_arguments(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    import torch
-
-    from datasets.datasetsHelper import load_ind, to_float
-    from models.vae import decode_pseudo_ood, draw_codes
+    from datasets.datasetsHelper import load_ind
+    from evaluation.plots import sample_grid, save_figure
     from training.stage2 import load_stage1
-    from utils import generator, pick_device
+    from utils import pick_device
 
     task_name, task, partition = task_from_arguments(args)
+    output = args.output or Path("results") / f"{task_name}_{partition}_samples.png"
+    check_writable(output)
     device = pick_device(args.device)
     path = args.params_dict_name2 or default_checkpoint(task_name, partition, "train_cvae")
     cvae, _ = load_stage1("train_cvae", task, task_name, partition, path, device)
     _, test = load_ind(task, partition, args.data_dir)
-    rows = torch.randperm(len(test), generator=generator(args.seed, "samples"))[:COUNT]
+    num_ind = len(task.partitions[partition])
+    save_figure(sample_grid(make_samples(cvae, test, num_ind, args.sigma or task.sigma, args.seed, device)), output)
+    print(f"wrote {output}")
+
+
+def make_samples(cvae, test, num_ind: int, sigma: float, seed: int, device, count: int = COUNT) -> dict:
+    """What the picture shows, by kind: `count` of the `test` images, their reconstructions and as many pseudo-OOD
+    images, each [N, C, S, S] in [0, 1] on the CPU. Fewer where there are fewer test images."""
+    import torch
+
+    from datasets.datasetsHelper import to_float
+    from models.vae import decode_pseudo_ood, draw_codes
+    from utils import generator
+
+    rows = torch.randperm(len(test), generator=generator(seed, "samples"))[:count]
     chosen = test.at(rows).to(device)
-    codes = draw_codes(COUNT, len(task.partitions[partition]), cvae.z_dim, generator(args.seed, "pseudo")).to(device)
+    codes = draw_codes(len(rows), num_ind, cvae.z_dim, generator(seed, "pseudo")).to(device)
     with torch.no_grad():
         images = to_float(chosen.images)
         pictures = {
-            "ind": images,
+            "IND test images": images,
             "reconstructions": cvae.decode(cvae.encode(images)[0], cvae.embed(chosen.labels)),
-            "pseudo_ood": decode_pseudo_ood(cvae, codes, args.sigma or task.sigma),
+            "pseudo-OOD images": decode_pseudo_ood(cvae, codes, sigma),
         }
-    for name, batch in pictures.items():
-        file = (args.output or Path("results") / f"{task_name}_{partition}_samples") / f"{name}.png"
-        save_grid(batch.cpu(), file)
-        print(f"wrote {file}")
-
-
-def save_grid(images, path: Path) -> None:
-    """Write images [N, C, S, S] in [0, 1] as one picture of `SIDE` columns, enlarged without smoothing."""
-    from torchvision.utils import make_grid, save_image
-
-    check_writable(path)
-    scale = -(-ENLARGED // (images.shape[-1] * SIDE))
-    enlarged = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-    with replacing(path) as temporary:
-        save_image(make_grid(enlarged, SIDE, padding=2, pad_value=1.0), temporary, format="png")
+    return {kind: batch.cpu() for kind, batch in pictures.items()}
 
 
 if __name__ == "__main__":

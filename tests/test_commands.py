@@ -22,12 +22,14 @@ import eval
 import train
 from datasets import obtain
 from datasets.archives import FetchError
+from datasets.datasetsHelper import load_ind
 from datasets.sources import SOURCES
 from datasets.tasks import TASKS
 from evaluation import summarise
+from evaluation.plots import tile
 from figure import samples
 from tests import tiny_data
-from utils import changed_options, load_checkpoint, run_command, save_checkpoint
+from utils import changed_options, generator, load_checkpoint, run_command, save_checkpoint
 
 ROOT = Path(__file__).parents[1]
 CLASSIFIER, CVAE = (f"ckpt/same_dataset_digits_partition1_{network}.pkl" for network in ("classifier", "cvae"))
@@ -246,16 +248,20 @@ def test_a_checkpoint_is_a_plain_state_dict(digits):
     assert run(eval, "--epochs", 1, "--mode", "CMG-softmax") == 0
 
 
-def test_pictures_show_what_the_networks_make(digits, capsys):
-    assert run(samples, "--output", "pictures", "--precision", "fp32") == 0
-    assert sorted(path.name for path in Path("pictures").iterdir()) == [
-        "ind.png",
-        "pseudo_ood.png",
-        "reconstructions.png",
-    ]
-    picture = np.asarray(Image.open("pictures/ind.png"))
-    assert picture.shape == (8 * 58 + 2, 8 * 58 + 2, 3)  # 8 pixels enlarged 7 times, and 2 between the images
-    assert (picture[:2] == 255).all() and picture[2:58:7, 2:58:7].shape == (8, 8, 3)
+def test_a_picture_shows_what_the_networks_make(digits, capsys):
+    assert run(samples, "--output", "new/picture.png", "--precision", "fp32") == 0
+    assert capsys.readouterr().out == "wrote new/picture.png\n"
+    picture = np.asarray(Image.open("new/picture.png").convert("RGB"))
+    height = 2 * 96 + 4  # two lines of images of 8 pixels, enlarged 12 times
+    assert picture.shape == (3 * (56 + height) + 8, 8 + 12 * 100 - 4 + 8, 3)
+    _, test = load_ind(TASKS["same_dataset_digits"], "partition1", Path("datasets"))
+    rows = torch.randperm(len(test), generator=generator(123, "samples"))[:24]
+    assert (picture[56 : 56 + height, 8:1204] == tile(test.images[rows])).all()
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_the_work(digits, capsys):
+    Path("folder").mkdir()
+    assert "cannot write folder: it is a folder; name a file" in error_of(capsys, samples, "--output", "folder")
 
 
 def write_result(file: str, aurocs: tuple[float, ...] = (0.9,), **different: object) -> str:
@@ -317,7 +323,7 @@ def test_help_and_bad_arguments_do_not_import_torch(module):
             line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time")
         }
         assert done.returncode == status and "argparse" in imported
-        assert not imported & {"torch", "numpy", "sklearn", "scipy", "torchvision"}
+        assert not imported & {"torch", "numpy", "sklearn", "scipy", "torchvision", "matplotlib"}
 
 
 def test_a_failing_process_under_torchrun_ends_all_with_its_message(workplace):
