@@ -65,7 +65,8 @@ def main(args: argparse.Namespace) -> None:
     check_writable(output)
     inputs = eval.load(args, setup)
     results = ablate(setup, inputs, configs)
-    write_json(output, eval.describe("benchmarks.ablations", args, setup, inputs) | results)
+    method = {"config": asdict(eval.make_config(args, setup)) | {"tune": args.tune}}
+    write_json(output, eval.describe("benchmarks.ablations", args, setup, inputs) | method | results)
     print(f"\n{markdown(results)}\n\nwrote {output}")
 
 

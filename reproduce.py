@@ -1,0 +1,182 @@
+"""The result tables of a task: train what is missing for each partition and training seed, run stage 2, report.
+
+    python -m reproduce --task same_dataset_digits --seeds 3 --baselines
+    python -m reproduce --task different_dataset --seeds 5 --baselines --launcher slurm --slurm slurm_partition=gpu
+
+writes results/TASK/table.md, .csv, .json, report.html and figures/. Interrupted in any way, the same command goes on:
+what is done is never repeated, and a job that fails is reported with its log and does not stop the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from datasets.tasks import add_data_arguments, task_from_arguments, task_names
+from eval import MODE_NAMES
+from evaluation.baselines import POST_HOC
+from reproduction.jobs import Job, Step, last_line
+from utils import UserError, add_machine_arguments, check_writable, pick_all, positive_int, run_command
+
+ABLATION_SEEDS = ("1", "2", "3")
+SAMPLES, ABLATIONS = "samples.png", "ablations.json"
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "reproduce", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--task", choices=task_names(), default=task_names()[0], help="(default: %(default)s)")
+    add_machine_arguments(parser)
+    parser.set_defaults(partition=None)
+    parser.add_argument("--partitions", nargs="+", default=["all"], help="(default: all)")
+    parser.add_argument("--seeds", type=positive_int, default=5, help="how many: 1, 2, … (default: %(default)s)")
+    parser.add_argument("--modes", nargs="+", choices=[*MODE_NAMES, "all"], default=["all"], help="(default: all)")
+    parser.add_argument("--ood-dataset", nargs="+", default=["all"], help="OOD sets (default: all of the task)")
+    parser.add_argument(
+        "--baselines",
+        nargs="*",
+        choices=list(POST_HOC),
+        metavar="NAME",
+        help="post-hoc detectors of pytorch-ood on the same classifiers and images (without a name: all)",
+    )
+    parser.add_argument(
+        "--ablations", action="store_true", help="benchmarks.ablations on the first partition and seed, too"
+    )
+    parser.add_argument("--output", type=Path, help="folder (default: results/TASK)")
+    for network in ("classifier", "cvae"):
+        parser.add_argument(f"--{network}-args", default="", help="further options of train, quoted")
+    parser.add_argument("--eval-args", default="", help="further options of eval, quoted")
+    where = parser.add_argument_group("where the jobs run")
+    where.add_argument("--launcher", choices=["local", "slurm"], default="local", help="(default: %(default)s)")
+    where.add_argument("--jobs", type=positive_int, help="at a time, of local (default: one for each free GPU, or 1)")
+    where.add_argument(
+        "--slurm",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="parameters of submitit, such as timeout_min=240 slurm_partition=gpu gpus_per_node=1 mem_gb=32",
+    )
+    add_data_arguments(parser)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    from reproduction import launchers
+    from reproduction.report import write_report
+    from reproduction.tables import read_result
+
+    start = time.monotonic()
+    task_name, jobs = make_jobs(args)
+    folder = jobs[0].folder.parent
+    check_writable(folder / "table.json")
+    for job in jobs:
+        job.write()
+    waiting = [job for job in jobs if not job.is_done]
+    print(f"{task_name}: {len(jobs)} jobs, {len(jobs) - len(waiting)} done already; results in {folder}", flush=True)
+    if waiting and args.launcher == "slurm":
+        numbers = launchers.submit(waiting, folder / "slurm", **slurm_parameters(args.slurm))
+        print(f"in the queue: {', '.join(f'{name} as {number}' for name, number in numbers.items())}")
+        print("Run the same command again to see how far they are, and for the tables of what is done")
+    elif waiting:
+        launchers.run_local(waiting, launchers.local_slots(args.device, args.jobs))
+
+    done, left = [job for job in jobs if job.is_done], [job for job in jobs if not job.is_done]
+    for job in left if args.launcher == "local" else ():
+        print(f"{job.name} failed: {last_line(job.log)} (log: {job.log})")
+    if done:
+        results = [read_result(*job_of(job), *outputs(job.folder)) for job in done]
+        about = {
+            "task": task_name,
+            "command": shlex.join(["python", "-m", "reproduce", *args.argv]),
+            "jobs": len(jobs),
+            "done": len(done),
+            "wall_seconds": round(time.monotonic() - start, 1),
+            "job_seconds": sum(record["seconds"] for job in done for record in job.records().values()),
+            "environment": results[0].content["environment"],
+            "images": results[0].content["images"],
+        }
+        print(f"\n{write_report(folder, about, results, jobs[0].folder / SAMPLES, jobs[0].folder / ABLATIONS)}\n")
+        print(f"wrote {folder}/table.md, table.csv, table.json and report.html")
+    if left and args.launcher == "local":
+        raise UserError(
+            f"{len(left)} of {len(jobs)} jobs failed: mend what their logs say and run the same command again"
+        )
+
+
+def make_jobs(args: argparse.Namespace) -> tuple[str, list[Job]]:
+    """The name of the task and its jobs, one for each partition and training seed. Raises `UserError`."""
+    task_name, task, _ = task_from_arguments(args)
+    partitions = pick_all("--partitions", args.partitions, list(task.partitions), task_name)
+    modes = pick_all("--modes", args.modes, MODE_NAMES, task_name)
+    ood_names = pick_all("--ood-dataset", args.ood_dataset, task.ood_datasets, task_name)
+    root = args.output or Path("results") / task_name
+    which = [*(task.options or ("--task", task_name))]
+    which += [word for ood_dir in args.ood_dir for word in ("--ood-dir", str(ood_dir))]
+    which += ["--precision", args.precision] if args.precision != "auto" else []
+    machine = ["--data-dir", str(args.data_dir), *(["--device", args.device] if args.device else [])]
+    jobs = []
+    for partition in partitions:
+        for seed in range(1, args.seeds + 1):
+            folder = root / f"{partition}_seed{seed}"
+            of_job = [*which, "--partition", partition]
+            networks = {name: folder / f"{name}.pkl" for name in ("classifier", "cvae")}
+            steps = [
+                Step(
+                    f"train_{name}",
+                    "train",
+                    (*of_job, "--command", f"train_{name}", "--seed", str(seed), "--params-dict-name", str(path))
+                    + tuple(shlex.split(getattr(args, f"{name}_args"))),
+                    path,
+                )
+                for name, path in networks.items()
+            ]
+            loaded = ("--params-dict-name", str(networks["classifier"]), "--params-dict-name2", str(networks["cvae"]))
+            tested = (*of_job, "--ood-dataset", *ood_names, "--mode", *modes, *loaded)
+            result, scores = outputs(folder)
+            options = ("--seeds", str(seed), "--output", str(result), "--save-scores", str(scores))
+            options += () if args.baselines is None else ("--baselines", *args.baselines)
+            steps.append(Step("eval", "eval", (*tested, *options, *shlex.split(args.eval_args)), result))
+            if not jobs:
+                drawn = (*of_job, "--params-dict-name2", str(networks["cvae"]), "--output", str(folder / SAMPLES))
+                steps.append(Step("samples", "figure.samples", drawn, folder / SAMPLES))
+            if not jobs and args.ablations:
+                options = (
+                    "--seeds",
+                    *ABLATION_SEEDS,
+                    "--output",
+                    str(folder / ABLATIONS),
+                    *shlex.split(args.eval_args),
+                )
+                steps.append(Step("ablations", "benchmarks.ablations", (*tested, *options), folder / ABLATIONS))
+            jobs.append(Job(folder, tuple(steps), tuple(machine)))
+    return task_name, jobs
+
+
+def outputs(folder: Path) -> tuple[Path, Path]:
+    """What eval writes in the folder of a job: figures and scores."""
+    return folder / "eval.json", folder / "scores.npz"
+
+
+def job_of(job: Job) -> tuple[str, int]:
+    """Partition and training seed of a job."""
+    partition, seed = job.name.rsplit("_seed", 1)
+    return partition, int(seed)
+
+
+def slurm_parameters(words: list[str]) -> dict[str, object]:
+    """ "timeout_min=240 slurm_partition=gpu" -> {"timeout_min": 240, "slurm_partition": "gpu"}. Raises `UserError`."""
+    parameters = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not (name and equals and value):
+            raise UserError(f"--slurm {word}: expected NAME=VALUE, such as timeout_min=240")
+        parameters[name] = int(value) if value.isdecimal() else value
+    return parameters
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, get_parser()))

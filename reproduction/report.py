@@ -1,0 +1,152 @@
+"""Tables and pictures of a reproduction: what `python -m reproduce` leaves beside the folders of its jobs."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from evaluation.page import Code, Facts, Heading, Picture, Section, Table, Text, write_page
+from evaluation.plots import auroc_over_steps, figure_bytes, roc_curves, save_figure, score_histograms, sweep
+from evaluation.report import IND_TEST, PSEUDO
+from reproduction import tables
+from reproduction.tables import Result
+from utils import replacing, write_json
+
+SWEEPS = {  # option of eval -> what it is
+    "--sigma": "sigma, standard deviation of the latents of pseudo-OOD images",
+    "--mixing-probability": "probability of the first class in each dimension of the embedding",
+}
+DIFFERENCES = (
+    "AUROC of CMG after the last step minus that of the best of the untouched classifier's detectors, which is chosen "
+    "by its mean on these test images. The interval is a paired bootstrap over the images, the networks as they are."
+)
+ABLATIONS = "First partition and training seed; mean ± standard deviation over seeds of stage 2. {command}"
+
+
+def write_report(folder: Path, about: dict, results: Sequence[Result], samples: Path, ablations: Path) -> str:
+    """Write table.md, .csv and .json, the pictures and report.html into `folder`.
+
+    Args:
+        about: "task", "command" and whatever else the files say of how they were made.
+        results: of the jobs that are done, at least one; pictures are of the first.
+        samples, ablations: what the jobs made of these; left out where they are not there.
+
+    Returns:
+        the table of detection, in Markdown.
+    """
+    summary, ind = tables.detection_summary(results), tables.ind_summary(results)
+    compared = tables.differences(results, summary)
+    changes = json.loads(ablations.read_text()) if ablations.is_file() else None
+    rows = [{"partition": one.partition} | row for one in results for row in one.content["detection"]]
+    figures = {"detection": summary, "ind": ind, "differences": compared, "rows": rows}
+    write_json(folder / "table.json", about | figures)
+    tables.write_csv(folder / "table.csv", summary)
+    pictures = draw(folder, results, samples, changes)
+    parts = {
+        "Detection": (tables.detection_cells(summary), tables.notes(summary)),
+        "The best of the others": (tables.difference_cells(compared), DIFFERENCES),
+        "Classification": (tables.ind_cells(ind), ""),
+    }
+    if changes:
+        parts["Ablations"] = (ablation_cells(changes), ABLATIONS.format(command=changes["command"]))
+    text = [f"# CMG: {about['task']}", f"```sh\n{about['command']}\n```"]
+    text += [f"## {name}\n\n{tables.markdown(*cells)}\n\n{note}".rstrip() for name, (cells, note) in parts.items()]
+    text.append("\n".join(f"* {name}: {value}" for name, value in facts(about).items()))
+    with replacing(folder / "table.md") as temporary:
+        temporary.write_text("\n\n".join(text) + "\n")
+
+    sections: list[Section] = []
+    for name, (cells, note) in parts.items():
+        sections += [Heading(name), Table(*cells), *([Text(note)] if note else [])]
+    sections += [Heading("Pictures"), *pictures]
+    sections += [Heading("How this was made"), Code(about["command"]), Facts(facts(about))]
+    write_page(folder / "report.html", f"CMG: {about['task']}", sections)
+    return tables.markdown(*parts["Detection"][0])
+
+
+def facts(about: dict) -> dict[str, object]:
+    """How the results were made, by name."""
+    minutes = {name: f"{about[name] / 60:.1f} min" for name in ("wall_seconds", "job_seconds")}
+    return about["environment"] | {
+        "runs": f"{about['done']} of {about['jobs']} done",
+        "wall time": f"{minutes['wall_seconds']} of the last call; {minutes['job_seconds']} of the runs, one by one",
+    }
+
+
+def ablation_cells(changes: dict) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of ablations: the first OOD set, the last step."""
+    ood = changes["untouched"][0]["ood_dataset"]
+    modes = list(dict.fromkeys(row["method"] for one in changes["variants"].values() for row in one["detection"]))
+    rows = []
+    for variant, one in changes["variants"].items():
+        last = [row for row in one["detection"] if row["at"] == "last" and row["ood_dataset"] == ood]
+        found = {row["method"]: row for row in tables.summarise(last, ("method",), ["auroc"])}
+        rows.append([variant or "the method", *(tables.cell(found[mode]["auroc"]) for mode in modes)])
+    return ["options of eval", *(f"{mode}, AUROC last" for mode in modes)], rows
+
+
+# --- pictures -----------------------------------------------------------------------------------
+
+
+def draw(folder: Path, results: Sequence[Result], samples: Path, changes: dict | None) -> list[Picture]:
+    """Draw everything, write it to `folder`/figures as PNG, and return it for the page."""
+    first = results[0]
+    ood = first.content["detection"][0]["ood_dataset"]
+    untouched = {row["method"]: row["auroc"] for row in first.content["detection"] if is_baseline(row, ood)}
+    shown = {name: untouched[name] for name in ("MSP", "energy")}
+    where = f"{first.partition}, training seed {first.seed}"
+    figures = {}
+    for run in first.content["runs"]:
+        mode = run["mode"]
+        sets = {IND_TEST: IND_TEST, PSEUDO: PSEUDO, ood: f"OOD: {ood}"}
+        scores = {label: first.of(mode, "last", name) for name, label in sets.items()}
+        margins = run["margins"] and (run["margins"]["m_in"], run["margins"]["m_out"])
+        caption = f"Scores of {mode} after the last step; {where}."
+        figures[f"scores_{mode}"] = (score_histograms(mode, scores, margins), caption)
+    detectors = {row["method"]: "untouched" for row in first.content["detection"] if is_baseline(row, ood)}
+    detectors |= {run["mode"]: "last" for run in first.content["runs"]}
+    curves = {name: tuple(first.of(name, at, images) for images in (IND_TEST, ood)) for name, at in detectors.items()}
+    figures["roc"] = (roc_curves(curves, ood), f"ROC curves against {ood}, CMG after the last step; {where}.")
+    runs = [run for result in results if result.partition == first.partition for run in result.content["runs"]]
+    if all(run["curve"] for run in runs):
+        caption = f"AUROC on {ood} while the head is tuned; {first.partition}, each line a training seed."
+        figures["steps"] = (auroc_over_steps(runs, ood, shown), caption)
+    for option, label in SWEEPS.items() if changes else ():
+        points = sweep_points(changes, option)
+        if all(len(of_mode) > 1 for of_mode in points.values()):
+            caption = f"AUROC after the last step against {option}; {where}."
+            figures[option.strip("-")] = (sweep(points, label, own_value(changes, option), shown), caption)
+    pictures = []
+    if samples.is_file():
+        pictures.append(Picture(samples.read_bytes(), "IND images, reconstructions and pseudo-OOD images", f"{where}."))
+    for name, (figure, caption) in figures.items():
+        save_figure(figure, folder / "figures" / f"{name}.png")
+        pictures.append(Picture(figure_bytes(figure), caption, caption))
+    return pictures
+
+
+def is_baseline(row: dict, ood: str) -> bool:
+    return row["at"] == "untouched" and row["ood_dataset"] == ood
+
+
+def own_value(changes: dict, option: str) -> float:
+    """The value of an option that the method itself has."""
+    config = changes["config"]
+    return {"--sigma": config["sigma"], "--mixing-probability": config["mixing"]["probability"]}[option]
+
+
+def sweep_points(changes: dict, option: str) -> dict[str, dict[float, list[float]]]:
+    """Mode -> value of the option -> AUROC of each seed, of the variants that change this option alone."""
+    ood = changes["untouched"][0]["ood_dataset"]
+    points: dict[str, dict[float, list[float]]] = {}
+    for variant, one in changes["variants"].items():
+        words = shlex.split(variant)
+        if words and (words[0] != option or len(words) != 2):
+            continue
+        value = float(words[1]) if words else own_value(changes, option)
+        for row in one["detection"]:
+            if row["at"] == "last" and row["ood_dataset"] == ood:
+                points.setdefault(row["method"], {}).setdefault(value, []).append(row["auroc"])
+    return points

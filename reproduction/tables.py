@@ -1,0 +1,192 @@
+"""From the results of many jobs to one table: mean ± sd over partitions and training seeds, and paired differences."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from evaluation.report import FIGURES, IND_TEST, NOTES, POSITIVE_CLASS
+from utils import replacing
+
+IND_FIGURES = {"accuracy": "accuracy", "ece": "ECE"}
+DASH = "–"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one job made: the partition and training seed, eval's JSON file and its archive of scores."""
+
+    partition: str
+    seed: int
+    content: dict
+    scores: dict[str, np.ndarray]
+
+    def of(self, method: str, at: str, images: str) -> np.ndarray:
+        """A detector's scores of a set of images, whatever its seed."""
+        (key,) = [
+            key
+            for key in self.scores
+            if key.startswith(f"{method}/") and key.endswith(f"/{at}/{images}") and key.count("/") == 3
+        ]
+        return self.scores[key]
+
+
+def read_result(partition: str, seed: int, output: Path, scores: Path) -> Result:
+    """What eval left in its JSON file and its archive of scores."""
+    with np.load(scores) as archive:
+        return Result(partition, seed, json.loads(output.read_text()), dict(archive))
+
+
+def summarise(rows: Iterable[dict], keys: Sequence[str], figures: Iterable[str]) -> list[dict]:
+    """Rows that agree in `keys` as one: for each figure that some of them have its "mean", "sd" (0 of one) and "n"."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    summary = []
+    for key, members in groups.items():
+        merged = dict(zip(keys, key, strict=True))
+        for figure in figures:
+            values = [row[figure] for row in members if figure in row]
+            if values:
+                sd = statistics.stdev(values) if len(values) > 1 else 0.0
+                merged[figure] = {"mean": statistics.mean(values), "sd": sd, "n": len(values)}
+        summary.append(merged)
+    return summary
+
+
+def detection_summary(results: Sequence[Result]) -> list[dict]:
+    """For each OOD set the method's modes, then the others, the best first."""
+    rows = [row for result in results for row in result.content["detection"]]
+    summary = summarise(rows, ("ood_dataset", "method", "at"), FIGURES)
+    sets = list(dict.fromkeys(row["ood_dataset"] for row in summary))
+    steps = list(NOTES)
+
+    def place(row: dict) -> tuple:
+        ours = row["at"] != "untouched"
+        order = (row["method"], steps.index(row["at"])) if ours else (-row["auroc"]["mean"],)
+        return sets.index(row["ood_dataset"]), not ours, *order
+
+    return sorted(summary, key=place)
+
+
+def ind_summary(results: Sequence[Result]) -> list[dict]:
+    """Figures on the IND test images."""
+    return summarise([row for result in results for row in result.content["ind"]], ("method", "at"), IND_FIGURES)
+
+
+def differences(results: Sequence[Result], summary: Sequence[dict]) -> list[dict]:
+    """Each mode's last step against the best of the untouched classifier's detectors, for each OOD set.
+
+    The best is the one with the largest mean AUROC on the test images, so the comparison favours it. The interval is
+    `evaluation.bootstrap.paired_auroc_difference`'s over the images, the networks as they are.
+    """
+    import torch
+
+    from evaluation.bootstrap import Pair, paired_auroc_difference
+
+    found = []
+    for ood in dict.fromkeys(row["ood_dataset"] for row in summary):
+        of_set = [row for row in summary if row["ood_dataset"] == ood]
+        others = [row for row in of_set if row["at"] == "untouched"]
+        best = max(others, key=lambda row: row["auroc"]["mean"])["method"]
+        for mode in (row["method"] for row in of_set if row["at"] == "last"):
+            pairs = [
+                Pair(
+                    *(
+                        torch.from_numpy(result.of(method, at, images))
+                        for method, at in ((mode, "last"), (best, "untouched"))
+                        for images in (IND_TEST, ood)
+                    )
+                )
+                for result in results
+            ]
+            value, low, high = paired_auroc_difference(pairs, [result.partition for result in results])
+            found.append(
+                {
+                    "ood_dataset": ood,
+                    "method": mode,
+                    "best_baseline": best,
+                    "difference": value,
+                    "low": low,
+                    "high": high,
+                }
+            )
+    return found
+
+
+# --- text ---------------------------------------------------------------------------------------
+
+
+def cell(figure: dict | None) -> str:
+    """Mean and standard deviation in per cent: "97.12 ± 0.34", or "97.12" of one value."""
+    if figure is None:
+        return DASH
+    mean = f"{100 * figure['mean']:.2f}"
+    return f"{mean} ± {100 * figure['sd']:.2f}" if figure["n"] > 1 else mean
+
+
+def detection_cells(summary: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of detection."""
+    rows = [
+        [
+            row["ood_dataset"],
+            row["method"],
+            row["at"],
+            *(cell(row.get(figure)) for figure in FIGURES),
+            row["auroc"]["n"],
+        ]
+        for row in summary
+    ]
+    return ["OOD set", "method", "step", *FIGURES.values(), "n"], [list(map(str, row)) for row in rows]
+
+
+def ind_cells(summary: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of figures on IND test images."""
+    rows = [[row["method"], row["at"], *(cell(row.get(figure)) for figure in IND_FIGURES)] for row in summary]
+    return ["IND test images", "step", "accuracy", "ECE (15 bins)"], rows
+
+
+def difference_cells(found: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of differences, with what they say."""
+    rows = [
+        [
+            one["ood_dataset"],
+            f"{one['method']} (last)",
+            one["best_baseline"],
+            f"{100 * one['difference']:+.2f}",
+            f"{100 * one['low']:+.2f} … {100 * one['high']:+.2f}",
+            "wins" if one["low"] > 0 else "loses" if one["high"] < 0 else "undecided",
+        ]
+        for one in found
+    ]
+    return ["OOD set", "CMG", "best of the others", "AUROC difference", "95 % interval", "CMG"], rows
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def notes(summary: Sequence[dict]) -> str:
+    """What the words in the table mean."""
+    used = {row["at"] for row in summary}
+    lines = [f"{POSITIVE_CLASS}. Mean ± standard deviation over n runs: partitions and training seeds."]
+    return "\n".join([*lines, *(f"{at}: {note}." for at, note in NOTES.items() if at in used)])
+
+
+def write_csv(path: Path, summary: Sequence[dict]) -> None:
+    """The table of detection as numbers between 0 and 1."""
+    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.writer(file)
+        names = [f"{figure}_{part}" for figure in FIGURES for part in ("mean", "sd")]
+        writer.writerow(["ood_dataset", "method", "step", *names, "n"])
+        for row in summary:
+            values = [row[figure][part] if figure in row else "" for figure in FIGURES for part in ("mean", "sd")]
+            writer.writerow([row["ood_dataset"], row["method"], row["at"], *values, row["auroc"]["n"]])
