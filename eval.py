@@ -179,8 +179,7 @@ def main(args: argparse.Namespace) -> None:
     if args.save_detector:
         detector = make_detector(classifier, results["tuned"][0], data, args.tune, task, task_name, partition)
         detector.save(args.save_detector, about)
-        threshold, images = detector.config.threshold, detector.config.threshold_from
-        print(f"wrote {args.save_detector}: OOD above {threshold:.6g}, which 95 % of the {images} images do not exceed")
+        print(f"wrote {args.save_detector}: {detector.config.rule()}")
 
 
 def default_output(task_name: str, partition: str, modes: list[str], seeds: list[int], changed: str) -> Path:
