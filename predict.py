@@ -34,7 +34,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     from evaluation.detector import load_detector
-    from evaluation.predictions import format_predictions, predict_files, write_csv
+    from evaluation.predictions import VERDICTS, format_predictions, predict_files, write_csv
     from training.inference import CHUNK
     from utils import Progress, pick_device, pick_precision
 
@@ -62,11 +62,9 @@ def main(args: argparse.Namespace) -> int:
         size, colour = detector.config.image_size, "grey" if detector.config.image_channels == 1 else "colour"
         print(f"brought to {size}x{size} pixels in 8-bit {colour}: {changed:,} of {len(paths):,}")
     verdicts = [prediction.verdict for prediction in predictions]
-    unreadable = f", {len(errors):,} unreadable" if errors else ""
-    print(
-        f"{len(paths):,} image{'s' * (len(paths) > 1)}: {verdicts.count('IND'):,} IND, {verdicts.count('OOD'):,} OOD{unreadable}; "
-        f"{detector.config.rule()}"
-    )
+    counts = [f"{verdicts.count(verdict):,} {verdict}" for verdict in VERDICTS]
+    counts += [f"{len(errors):,} unreadable"] if errors else []
+    print(f"{len(paths):,} image{'s' * (len(paths) > 1)}: {', '.join(counts)}; {detector.config.rule()}")
     return 1 if errors else 0
 
 

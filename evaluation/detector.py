@@ -40,7 +40,8 @@ class DetectorConfig:
 
     def rule(self) -> str:
         """How an image is judged, in words."""
-        return f"OOD above {self.threshold:.6g}, which {100 * ACCEPTED:.0f} % of the {self.threshold_from} images do not exceed"
+        accepted = f"{100 * ACCEPTED:.0f} % of the {self.threshold_from} images"
+        return f"OOD above {self.threshold:.6g}, which {accepted} do not exceed"
 
 
 class Detector:
