@@ -238,10 +238,10 @@ def square(image, size: int):
 
     Pillow's resizing averages over the pixels that fall together, so shrinking makes no aliases.
     """
-    from PIL import Image
-
     if image.size == (size, size):
         return image
+    from PIL import Image
+
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2

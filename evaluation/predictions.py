@@ -52,21 +52,21 @@ def predict_files(
             progress.advance(len(chunk.paths))
 
 
-def _judge(detector: Detector, chunk: Chunk, precision: str) -> list[Prediction]:
+def _judge(detector: Detector, chunk: Chunk, precision: str) -> Iterator[Prediction]:
     config, device = detector.config, next(detector.model.parameters()).device
-    predictions = [
-        Prediction(str(path), error=error) for path, error in zip(chunk.paths, chunk.complaints, strict=True)
-    ]
-    readable = [k for k, prediction in enumerate(predictions) if prediction.error is None]
-    if readable:
-        pixels = chunk.pixels if len(readable) == len(predictions) else chunk.pixels[readable]
+    readable = [complaint is None for complaint in chunk.complaints]
+    judged = iter(())
+    if any(readable):
+        pixels = chunk.pixels if all(readable) else chunk.pixels[readable]
         with autocast(device, precision):
             scores, classes = detector(to_float(torch.from_numpy(pixels).to(device)))
-        for k, score, number in zip(readable, scores.tolist(), classes.tolist(), strict=True):
-            verdict = VERDICTS[score > config.threshold]
-            file = predictions[k].file
-            predictions[k] = Prediction(file, config.classes[number], score, verdict, None, chunk.changed[k])
-    return predictions
+        judged = zip(scores.tolist(), classes.tolist(), strict=True)
+    for path, complaint, changed in zip(chunk.paths, chunk.complaints, chunk.changed, strict=True):
+        if complaint is not None:
+            yield Prediction(str(path), error=complaint)
+            continue
+        score, number = next(judged)
+        yield Prediction(str(path), config.classes[number], score, VERDICTS[score > config.threshold], None, changed)
 
 
 def write_csv(path: Path, predictions: Sequence[Prediction]) -> None:
