@@ -82,6 +82,8 @@ def main(args: argparse.Namespace) -> None:
     method = FineTuneConfig(
         num_ind=len(task.partitions[partition]),
         epochs=args.epochs or task.fine_tune_epochs,
+        batch_size=128,
+        learning_rate=1e-4,
         check_every=args.check_every,
         sigma=task.sigma,
         pseudo_pool=args.pseudo_pool,
