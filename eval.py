@@ -198,8 +198,7 @@ def main(args: argparse.Namespace) -> None:
     if args.save_detector:
         detector = make_detector(inputs, results["tuned"][0], args.tune, args.score_energy)
         detector.save(args.save_detector, about)
-        threshold, images = detector.config.threshold, detector.config.threshold_from
-        print(f"wrote {args.save_detector}: OOD above {threshold:.6g}, which 95 % of the {images} images do not exceed")
+        print(f"wrote {args.save_detector}: {detector.config.rule()}")
 
 
 @dataclass(frozen=True)

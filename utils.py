@@ -39,12 +39,13 @@ class Stopped(Exception):
 def run_command(main: Callable, parser: argparse.ArgumentParser, argv: list[str] | None = None) -> int:
     """Parse, run and turn every foreseen failure into one line: the body of every entry point.
 
-    Returns the exit status: 0 done, 2 a `UserError` (as argparse's own), 128 + n stopped by signal n.
+    Returns the exit status: what `main` returns, or 0; 2 for a `UserError` (as argparse's own), 128 + n when stopped
+    by signal n.
     """
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        main(args)
+        return main(args) or 0
     except UserError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
@@ -54,7 +55,6 @@ def run_command(main: Callable, parser: argparse.ArgumentParser, argv: list[str]
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    return 0
 
 
 # --- arguments ----------------------------------------------------------------------------------
@@ -104,8 +104,13 @@ def add_common_arguments(parser: argparse.ArgumentParser, tasks: list[str], part
 
 def add_machine_arguments(parser: argparse.ArgumentParser, data_dir: Path = Path("datasets")) -> None:
     """On which device, in which precision, and where the images are."""
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the first CUDA GPU, else the CPU)")
+    add_device_arguments(parser)
     parser.add_argument("--data-dir", type=Path, default=data_dir, help="folder of the images (default: %(default)s)")
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """On which device and in which precision."""
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the first CUDA GPU, else the CPU)")
     parser.add_argument(
         "--precision",
         choices=["auto", "fp32", "bf16"],

@@ -10,9 +10,11 @@ import glob
 import hashlib
 import os
 import zipfile
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,6 +35,9 @@ EIGHT_BIT = {
 }  # Pillow clips deeper ones instead of scaling them
 THREADS = min(8, os.cpu_count() or 1)
 BLOCK = 512  # images handed to the threads at once
+PIECE = 32  # images that a thread decodes in one go: handing over a small image takes as long as decoding it
+AHEAD = 2  # chunks decoded, or being decoded, while the caller works on one
+SMALL = 1 << 15  # bytes: decoding smaller files, threads wait for the interpreter rather than for the decoder
 
 
 def list_images(root: Path) -> list[str]:
@@ -49,6 +54,17 @@ def list_images(root: Path) -> list[str]:
         )
         found += [name if prefix == "." else f"{prefix}/{name}" for name in names]
     return sorted(found)
+
+
+def find_images(root: Path) -> list[str]:
+    """What `list_images` gives. Raises `UserError` when there are none."""
+    names = list_images(root)
+    if not names:
+        raise UserError(
+            f"{root}: no images there; expected a folder of images, in subfolders or not "
+            f"({' '.join(sorted(IMAGE_SUFFIXES))})"
+        )
+    return names
 
 
 def read_images(
@@ -69,12 +85,7 @@ def read_images(
         UserError: there are no images, or the named one cannot be decoded or has another size or depth.
     """
     root = Path(root)
-    names = list_images(root)
-    if not names:
-        raise UserError(
-            f"{root}: no images there; expected a folder of images, in subfolders or not "
-            f"({' '.join(sorted(IMAGE_SUFFIXES))})"
-        )
+    names = find_images(root)
     cache = root.with_name(f".{root.name}.{channels}x{size}x{size}.npz")
     key = _fingerprint(root, names, resize)
     images = _load_packed(cache, key) if packed else None
@@ -118,15 +129,91 @@ def raise_first(complaints: list[str]) -> None:
         raise UserError(complaints[0] + (f" (and {len(complaints) - 1} more images)" if len(complaints) > 1 else ""))
 
 
+class Chunk(NamedTuple):
+    """Some decoded images, in the order of their files.
+
+    Attributes:
+        paths: the N files.
+        pixels: uint8 [N, C, S, S], undefined where a file could not be decoded.
+        changed: for each file, whether its image had another size or mode.
+        complaints: for each file, what is wrong with it, or None.
+    """
+
+    paths: Sequence[Path]
+    pixels: np.ndarray
+    changed: list[bool]
+    complaints: list[str | None]
+
+
+def read_chunks(paths: Sequence[Path], channels: int, size: int, count: int) -> Iterator[Chunk]:
+    """Decode images `count` at a time, brought to `channels` and `size`, the next while the caller works on the last.
+
+    No more than `AHEAD` + 1 chunks are in memory. A file that cannot be decoded is no error but a complaint.
+    """
+    with ThreadPoolExecutor(_threads_for(paths[:PIECE])) as pool:
+
+        def start(part: Sequence[Path]) -> tuple[Sequence[Path], np.ndarray, list[Future]]:
+            pixels = np.empty((len(part), channels, size, size), np.uint8)
+            pieces = [slice(i, i + PIECE) for i in range(0, len(part), PIECE)]
+            return part, pixels, [pool.submit(_decode_into, part[piece], pixels[piece]) for piece in pieces]
+
+        started: deque = deque()
+        for first in range(0, len(paths), count):
+            started.append(start(paths[first : first + count]))
+            if len(started) > AHEAD:
+                yield _finished(*started.popleft())
+        while started:
+            yield _finished(*started.popleft())
+
+
+def _threads_for(paths: Sequence[Path]) -> int:
+    """How many threads decode files such as these the fastest."""
+    sizes = [path.stat().st_size for path in paths if path.is_file()]
+    return THREADS if sum(sizes) > SMALL * len(sizes) else 1
+
+
+def _decode_into(paths: Sequence[Path], pixels: np.ndarray) -> list[tuple[bool, str | None]]:
+    """Fill `pixels`, uint8 [N, C, S, S]; for each image, whether it was changed and what is wrong with it."""
+    channels, size = pixels.shape[1:3]
+    outcomes = []
+    for path, target in zip(paths, pixels, strict=True):
+        try:
+            image = load_image(path)
+            target[:] = to_array(image, channels, size)
+            outcomes.append(((image.mode, *image.size) != (MODES[channels], size, size), None))
+        except UserError as error:
+            outcomes.append((False, str(error)))
+    return outcomes
+
+
+def _finished(paths: Sequence[Path], pixels: np.ndarray, jobs: list[Future]) -> Chunk:
+    changed, complaints = zip(*(outcome for job in jobs for outcome in job.result()), strict=True)
+    return Chunk(paths, pixels, list(changed), list(complaints))
+
+
 def decode_image(path: Path, channels: int, size: int, resize: bool = False) -> np.ndarray:
     """One image, uint8 [channels, size, size]. Raises `UserError` naming the file."""
-    image = open_image(path, channels, None if resize else size)
-    array = np.asarray(square(image, size))
+    return to_array(load_image(path, None if resize else size), channels, size)
+
+
+def to_array(image, channels: int, size: int) -> np.ndarray:
+    """A PIL image of any size in grey or colour, uint8 [channels, size, size]."""
+    array = np.asarray(square(in_mode(image, channels), size))
     return array[None] if channels == 1 else array.transpose(2, 0, 1)
 
 
+def in_mode(image, channels: int):
+    """A PIL image in grey or colour; itself where it is that already."""
+    return image if image.mode == MODES[channels] else image.convert(MODES[channels])
+
+
 def open_image(path: Path, channels: int, size: int | None = None):
-    """A decoded PIL image in grey or colour. Raises `UserError` for another `size` and for more than 8 bits."""
+    """A decoded PIL image in grey or colour. Raises `UserError` as `load_image` does."""
+    return in_mode(load_image(path, size), channels)
+
+
+def load_image(path: Path, size: int | None = None):
+    """A decoded PIL image as the file has it. Raises `UserError` for another `size` and for more than 8 bits."""
     from PIL import Image
 
     try:
@@ -139,7 +226,8 @@ def open_image(path: Path, channels: int, size: int | None = None):
                 raise UserError(
                     f"{path}: is {image.width}x{image.height} pixels; expected {size}x{size}. Replace or remove it"
                 )
-            return image.convert(MODES[channels])
+            image.load()
+            return image
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         reason = "no image" if isinstance(error, Image.UnidentifiedImageError) else error
         raise UserError(f"{path}: cannot be decoded ({reason}). Replace or remove it") from None
@@ -150,10 +238,10 @@ def square(image, size: int):
 
     Pillow's resizing averages over the pixels that fall together, so shrinking makes no aliases.
     """
-    from PIL import Image
-
     if image.size == (size, size):
         return image
+    from PIL import Image
+
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2

@@ -38,6 +38,11 @@ class DetectorConfig:
     threshold: float
     threshold_from: str
 
+    def rule(self) -> str:
+        """How an image is judged, in words."""
+        accepted = f"{100 * ACCEPTED:.0f} % of the {self.threshold_from} images"
+        return f"OOD above {self.threshold:.6g}, which {accepted} do not exceed"
+
 
 class Detector:
     """Scores images [B, C, S, S] in [0, 1] with a fine-tuned classifier, in eval mode."""

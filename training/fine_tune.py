@@ -27,7 +27,7 @@ from utils import Progress, UserError, autocast, generator
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuneConfig:
-    """What decides the result of stage 2, beside the networks and the images.
+    """What decides the result of stage 2, beside the networks and the images. The defaults are the method's.
 
     Attributes:
         num_ind: IND classes.
@@ -48,11 +48,11 @@ class FineTuneConfig:
     """
 
     num_ind: int
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    check_every: int
     sigma: float
+    epochs: int = 15
+    batch_size: int = 128
+    learning_rate: float = 1e-4
+    check_every: int = 100
     mixing: Mixing = Mixing()
     pseudo_batch_size: int | None = None
     mu: float = 0.1

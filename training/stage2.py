@@ -236,7 +236,7 @@ def run_stage2(
     banks = {} if banks is None else banks
     if (tune, config.precision) not in banks:
         banks[tune, config.precision] = data.encode(features, config.precision)
-    bank, pseudo = banks[tune, config.precision], make_pseudo(cvae, features, data, config)
+    bank, pseudo = banks[tune, config.precision], make_pseudo(cvae, features, config, data.train.images.device)
     if tune != JOINT:
         return tune_and_score(head, bank, pseudo, config, modes, seeds, score_pseudo, compared)
     margins = find_margins(head, bank, FreshFeatures(pseudo, config, seeds), config)
@@ -252,7 +252,7 @@ def run_stage2(
             train_jointly(model, data.train, objective, config, seed)
             run.last = {name: p.detach() for name, p in model.classifier.named_parameters()}
             own = data.encode(model.features, config.precision)
-            fresh = make_pseudo(cvae, model.features, data, config) if score_pseudo else None
+            fresh = make_pseudo(cvae, model.features, config, data.train.images.device) if score_pseudo else None
             scored += run_scores(model.classifier, own, run, config, fresh)
             runs.append(run)
     return summarise(scored, runs, bank, config.num_ind)
@@ -266,10 +266,9 @@ def compare(inputs: Stage2Inputs, config: FineTuneConfig, names: Sequence[str]) 
 
 
 def make_pseudo(
-    cvae: ConditionalVAE, features: Callable[[Tensor], Tensor], data: Stage2Data, config: FineTuneConfig
+    cvae: ConditionalVAE, features: Callable[[Tensor], Tensor], config: FineTuneConfig, device: torch.device
 ) -> PseudoOOD:
     """The source of pseudo-OOD images that the configuration asks for."""
-    device = data.train.images.device
     return PseudoOOD(cvae, features, config.num_ind, config.sigma, config.precision, device, config.mixing)
 
 
@@ -288,7 +287,10 @@ def fine_tune_and_score(
         features: images [B, C, S, S] in [0, 1] -> [B, F]; the frozen part of the network.
         head: [B, F] -> logits.
     """
-    bank, pseudo = data.encode(features, config.precision), make_pseudo(cvae, features, data, config)
+    bank, pseudo = (
+        data.encode(features, config.precision),
+        make_pseudo(cvae, features, config, data.train.images.device),
+    )
     return tune_and_score(head, bank, pseudo, config, modes, seeds)
 
 

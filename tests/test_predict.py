@@ -1,0 +1,308 @@
+"""Judging image files: decoding in chunks, the command, and every way in which it may fail."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import predict
+from benchmarks import predict as benchmark
+from datasets import folders
+from datasets.folders import decode_image, read_chunks
+from evaluation.detector import Detector, DetectorConfig, load_detector
+from evaluation.predictions import COLUMNS, format_predictions, predict_files, write_csv
+from models.main_model import MainModel
+from tests.tiny_data import write_folder
+from utils import run_command, save_checkpoint
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+CLASSES = ("ant", "bee", "fly")
+
+
+@pytest.fixture
+def detector_file(tmp_path) -> Path:
+    """A detector of grey 8x8 images, whose threshold parts those of `images` in two."""
+    torch.manual_seed(0)
+    config = DetectorConfig(
+        task="t", classes=CLASSES, image_size=8, image_channels=1, logits=11, networks="mnist", score="CMG-energy",
+        threshold=0.0, threshold_from="IND test",
+    )  # fmt: skip
+    model = MainModel(8, 1, 11, "mnist")
+    with torch.no_grad():
+        model.classifier.fc2.weight.mul_(30)  # scores that lie apart
+    detector = Detector(model, config)
+    scores = sorted(detector(torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(k)))[0] for k in range(9))
+    config = DetectorConfig(**vars(config) | {"threshold": scores[4].item()})
+    Detector(model, config).save(tmp_path / "detector.pt", {})
+    return tmp_path / "detector.pt"
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """Nine images: in two folders, of several sizes, modes and formats, with what is to be left out beside them."""
+    folder = tmp_path / "images"
+    kinds = [
+        ("a.png", "L", (8, 8)), ("b.png", "RGB", (8, 8)), ("c.jpg", "L", (20, 11)), ("d.png", "LA", (8, 8)),
+        ("in/a.png", "P", (9, 30)), ("in/b.png", "RGBA", (8, 8)), ("in/c.bmp", "1", (8, 8)), ("in/d.png", "L", (7, 5)),
+        ("z.png", "L", (8, 8)),
+    ]  # fmt: skip
+    draw = np.random.default_rng(3)
+    for name, mode, (width, height) in kinds:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8)).convert(mode).save(path)
+    (folder / "notes.txt").write_text("no image")
+    (folder / ".hidden.png").write_bytes(b"no image")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "x.png").write_bytes(b"no image")
+    return folder
+
+
+NAMES = ["a.png", "b.png", "c.jpg", "d.png", "in/a.png", "in/b.png", "in/c.bmp", "in/d.png", "z.png"]
+FITTING = {"a.png", "z.png"}
+
+
+def plain_rows(detector: Detector, files: list[Path]) -> list[tuple]:
+    """The file, class, score and verdict of each, one image after the other."""
+    rows = []
+    for file in files:
+        pixels = torch.from_numpy(decode_image(file, 1, 8, resize=True).copy())
+        score, number = detector(pixels[None] / 255)
+        verdict = "OOD" if score.item() > detector.config.threshold else "IND"
+        rows.append((str(file), CLASSES[number.item()], pytest.approx(score.item(), rel=1e-4), verdict))
+    return rows
+
+
+def run(*argv: object) -> int:
+    words = ["--device", "cpu", "--precision", "fp32", *argv]
+    return run_command(predict.main, predict.get_parser(), [str(word) for word in words])
+
+
+def read_csv(path: Path) -> list[dict]:
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return list(csv.DictReader(file))
+
+
+# --- decoding in chunks -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("count", [1, 4, 100])
+def test_chunks_hold_what_single_images_are(images, channels, count):
+    files = [images / name for name in NAMES]
+    chunks = list(read_chunks(files, channels, 8, count))
+    assert [len(chunk.paths) for chunk in chunks] == {1: [1] * 9, 4: [4, 4, 1], 100: [9]}[count]
+    assert [path for chunk in chunks for path in chunk.paths] == files
+    expected = np.stack([decode_image(file, channels, 8, resize=True) for file in files])
+    assert np.array_equal(np.concatenate([chunk.pixels for chunk in chunks]), expected)
+    fitting = {1: FITTING, 3: {"b.png"}}[channels]
+    assert [flag for chunk in chunks for flag in chunk.changed] == [name not in fitting for name in NAMES]
+    assert not any(complaint for chunk in chunks for complaint in chunk.complaints)
+
+
+def test_what_cannot_be_decoded_is_a_complaint(tmp_path):
+    paths = write_folder(tmp_path, "a", 5, size=8, mode="L")
+    paths[0].write_bytes(paths[0].read_bytes()[:60])
+    paths[1].write_bytes(b"no image")
+    Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(paths[2])
+    paths[3].unlink()
+    (chunk,) = read_chunks(paths, 1, 8, 10)
+    reasons = [
+        f"{paths[0]}: cannot be decoded (", f"{paths[1]}: cannot be decoded (no image). Replace or remove it",
+        f"{paths[2]}: has pixels of mode I;16; expected 8 bits per channel. Convert or remove it",
+        f"{paths[3]}: cannot be decoded ([Errno 2] No such file",
+    ]  # fmt: skip
+    assert all(found.startswith(reason) for found, reason in zip(chunk.complaints[:4], reasons, strict=True))
+    assert chunk.complaints[4] is None and chunk.changed == [False] * 5
+    assert np.array_equal(chunk.pixels[4], decode_image(paths[4], 1, 8))
+
+
+def test_only_a_few_chunks_are_decoded_ahead(tmp_path, monkeypatch):
+    begun = []
+
+    def decode(paths, pixels):
+        begun.append(len(paths))
+        return [(False, None)] * len(paths)
+
+    monkeypatch.setattr(folders, "_decode_into", decode)
+    chunks = read_chunks([tmp_path / f"{k}" for k in range(400)], 1, 8, 40)
+    for number, _ in enumerate(chunks, start=1):
+        assert sum(begun) <= 40 * (number + folders.AHEAD)
+    assert sum(begun) == 400 and max(begun) == folders.PIECE
+
+
+def test_small_files_are_decoded_by_one_thread_and_large_ones_by_several(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "THREADS", 5)
+    small, large, missing = tmp_path / "s", tmp_path / "l", tmp_path / "m"
+    small.write_bytes(bytes(1000))
+    large.write_bytes(bytes(100_000))
+    found = [folders._threads_for(paths) for paths in ([small] * 3, [large, small], [missing], [missing, large])]
+    assert found == [1, 5, 1, 5]
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def test_predictions_are_those_of_a_plain_loop(images, detector_file):
+    detector = load_detector(detector_file, CPU)
+    files = [images / name for name in NAMES]
+    predictions = list(predict_files(detector, files, 2, "fp32"))
+    assert [prediction[:4] for prediction in predictions] == plain_rows(detector, files)
+    assert {prediction.verdict for prediction in predictions} == {"IND", "OOD"}
+    assert [prediction.changed for prediction in predictions] == [name not in FITTING for name in NAMES]
+
+
+def test_the_csv_holds_every_file_in_order(images, detector_file, tmp_path, capsys):
+    broken = images / "in" / "broken.png"
+    broken.write_bytes(b"no image")
+    out = tmp_path / "new" / "out.csv"
+    assert run("--detector", detector_file, images, "--csv", out, "--batch-size", 4) == 1
+    rows = read_csv(out)
+    assert list(rows[0]) == list(COLUMNS) == ["file", "class", "score", "verdict", "error"]
+    failed = [row for row in rows if row["error"]]
+    error = f"{broken}: cannot be decoded (no image). Replace or remove it"
+    assert failed == [{"file": str(broken), "class": "", "score": "", "verdict": "", "error": error}]
+    assert rows.index(failed[0]) == NAMES.index("in/b.png") + 1
+    detector = load_detector(detector_file, CPU)
+    expected = plain_rows(detector, [images / name for name in NAMES])
+    scored = [(r["file"], r["class"], float(r["score"]), r["verdict"]) for r in rows if r is not failed[0]]
+    assert scored == expected
+    printed = capsys.readouterr()
+    assert printed.err == f"predict: {error}\n"
+    ood = sum(row[3] == "OOD" for row in expected)
+    assert printed.out.splitlines() == [
+        f"wrote {out}",
+        "brought to 8x8 pixels in 8-bit grey: 7 of 10",
+        f"10 images: {9 - ood} IND, {ood} OOD, 1 unreadable; OOD above {detector.config.threshold:.6g}, "
+        "which 95 % of the IND test images do not exceed",
+    ]
+
+
+def test_without_csv_a_table_is_printed(images, detector_file, capsys):
+    chosen = [images / "z.png", images / "in"]
+    assert run("--detector", detector_file, *chosen, images / "z.png") == 0
+    lines = capsys.readouterr().out.splitlines()
+    files = [images / name for name in ("z.png", "in/a.png", "in/b.png", "in/c.bmp", "in/d.png")]
+    assert lines[0].split() == ["file", "class", "score", "verdict"]
+    found = [(file, label, float(score), verdict) for file, label, score, verdict in map(str.split, lines[1:6])]
+    assert found == plain_rows(load_detector(detector_file, CPU), files)
+    assert {line[lines[0].index("class") - 2 :][:2] for line in lines[1:6]} == {"  "}
+    assert {line[lines[0].index("class") :].split()[0] for line in lines[1:6]} <= set(CLASSES)
+    assert lines[6:8] == ["", "brought to 8x8 pixels in 8-bit grey: 4 of 5"] and lines[8].startswith("5 images: ")
+
+
+def test_one_fitting_image_of_any_suffix(images, detector_file, capsys):
+    (images / "z.png").rename(images / "z.scan")
+    assert run("--detector", detector_file, images / "z.scan") == 0
+    table, _, summary = capsys.readouterr().out.rpartition("\n\n")
+    assert "z.scan" in table and summary.startswith("1 image: ") and "brought to" not in summary
+
+
+def test_colour_detectors_take_grey_images(images, tmp_path, capsys):
+    config = DetectorConfig(
+        task="t", classes=(4, 7), image_size=32, image_channels=3, logits=3, networks="narrow", score="CMG-softmax",
+        threshold=0.5, threshold_from="IND validation",
+    )  # fmt: skip
+    Detector(MainModel(32, 3, 3, "narrow"), config).save(tmp_path / "colour.pt", {})
+    assert run("--detector", tmp_path / "colour.pt", images) == 0
+    printed = capsys.readouterr().out
+    assert "brought to 32x32 pixels in 8-bit colour: 9 of 9\n" in printed
+    assert printed.endswith("OOD above 0.5, which 95 % of the IND validation images do not exceed\n")
+
+
+def test_files_that_are_all_unreadable_are_all_named(tmp_path, detector_file, capsys):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"no image")
+    assert run("--detector", detector_file, tmp_path / "a.png", tmp_path / "b.png") == 1
+    printed = capsys.readouterr()
+    assert printed.err.count("cannot be decoded (no image)") == 2
+    assert [line.split()[1:] for line in printed.out.splitlines()[1:3]] == [["-", "-", "unreadable"]] * 2
+    assert "2 images: 0 IND, 0 OOD, 2 unreadable; " in printed.out
+
+
+def test_names_that_are_no_text_are_written_as_they_are_and_printed_escaped(images, detector_file, tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    os.rename(images / "z.png", images / name)
+    predictions = list(predict_files(load_detector(detector_file, CPU), [images / name], 2, "fp32"))
+    assert "caf\\xe9.png" in format_predictions(predictions)
+    write_csv(tmp_path / "out.csv", predictions)
+    assert read_csv(tmp_path / "out.csv")[0]["file"] == str(images / name)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nowhere"], "nowhere: no such file or folder; expected an image or a folder of images"),
+        (["images", "nowhere"], "nowhere: no such file or folder"),
+        (["empty"], "empty: no images there; expected a folder of images, in subfolders or not (.bmp .jpeg"),
+        (["images", "--csv", "empty"], "cannot write empty: it is a folder; name a file"),
+        (["images", "--detector", "nowhere.pt"], "nowhere.pt: no such file"),
+        (["images", "--detector", "cut.pt"], "cut.pt: is no checkpoint or is damaged"),
+        (["images", "--detector", "other.pt"], "other.pt: is no detector; make one with: python -m eval --mode MODE"),
+        (["images", "--device", "tpu9"], "--device tpu9: not a device; expected cpu, cuda or cuda:N"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_line(images, detector_file, tmp_path, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    save_checkpoint(tmp_path / "other.pt", {"weight": torch.zeros(2)})
+    (tmp_path / "cut.pt").write_bytes(detector_file.read_bytes()[:5000])
+    assert run("--csv", "out.csv", "--detector", detector_file, *argv) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"predict: error: {message}") and printed.err.count("\n") == 1
+    assert printed.out == "" and not (tmp_path / "out.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--detector", "d.pt"], "the following arguments are required: IMAGE_OR_FOLDER"),
+        (["a.png"], "the following arguments are required: --detector"),
+        (["a.png", "--detector", "d.pt", "--batch-size", "0"], "argument --batch-size: 0 is out of range"),
+        (["a.png", "--detector", "d.pt", "--precision", "fp8"], "argument --precision: invalid choice: 'fp8'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_arguments_that_cannot_be_are_named(capsys, argv, message):
+    with pytest.raises(SystemExit) as stopped:
+        predict.get_parser().parse_args(argv)
+    assert stopped.value.code == 2 and f"predict: error: {message}" in capsys.readouterr().err
+
+
+def test_a_failing_write_leaves_nothing(images, detector_file, tmp_path, monkeypatch, capsys):
+    def fail(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    (tmp_path / "out").mkdir()
+    assert run("--detector", detector_file, images, "--csv", tmp_path / "out" / "o.csv") == 2
+    assert "o.csv: No space left on device" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_help_needs_no_torch():
+    code = "import sys, predict; predict.get_parser().format_help(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
+# --- the benchmark ------------------------------------------------------------------------------
+
+
+def test_benchmark_measures_both(capsys):
+    argv = ["--images", "40", "--rounds", "1", "--device", "cpu", "--precision", "fp32"]
+    assert run_command(benchmark.main, benchmark.get_parser(), argv) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["images"] == 40 and figures["precision"] == "fp32"
+    share = figures["images_per_second"] / figures["floor_images_per_second"]
+    assert figures["floor_share"] == pytest.approx(share, abs=2e-3) and figures["floor_share"] > 0
