@@ -44,7 +44,7 @@ class Encoder(nn.Module):
 class CMGDetector(FeaturesDetector):
     """Fine-tunes a copy of the classifier's head against class-mixed pseudo-OOD images and scores with it.
 
-    Class-Mixed Generation (Wang et al., ECML PKDD 2022, doi 10.1007/978-3-031-26412-2_31). Fitting is stage 2 of the method as `eval` runs it; which of
+    Class-Mixed Generation (Wang et al., ECML PKDD 2022). Fitting is stage 2 of the method as `eval` runs it; which of
     two equal runs it is follows from the seed and the order of the loader's images, so let the loader not shuffle.
 
     Args:
