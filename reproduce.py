@@ -52,7 +52,11 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--eval-args", default="", help="further options of eval, quoted")
     where = parser.add_argument_group("where the jobs run")
     where.add_argument("--launcher", choices=["local", "slurm"], default="local", help="(default: %(default)s)")
-    where.add_argument("--jobs", type=positive_int, help="at a time, of local (default: one for each free GPU, or 1)")
+    where.add_argument(
+        "--jobs",
+        type=positive_int,
+        help="at a time, of local (default: one for each free GPU, or 2 that share the cores)",
+    )
     where.add_argument(
         "--slurm",
         nargs="+",

@@ -380,7 +380,8 @@ def load_checkpoint(path: Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = "holds objects that could run code" if "nsupported" in str(error) else "is no checkpoint or is damaged"
+        harmful = "GLOBAL" in str(error) or "instantiate" in str(error) or "reduce" in str(error).lower()
+        reason = "holds objects that could run code" if harmful else "is no checkpoint or is damaged"
         raise UserError(
             f"{path}: {reason}; expected a dict of tensors written by torch.save. Make it again or fetch it again"
         ) from None

@@ -20,19 +20,27 @@ FREE_SHARE = 0.9  # of the memory of a GPU that nobody uses
 def local_slots(device: str | None, jobs: int | None) -> list[dict[str, str]]:
     """The environment of each job that may run at the same time on this machine.
 
-    Without `device` every GPU that is free takes one job; without GPUs `jobs` of them share the cores.
+    Without `device` every GPU that is free takes one job; without GPUs `jobs` of them, or two, share the cores: small
+    networks do not fill many.
     """
-    import torch
+    if device is None and has_gpus():
+        import torch
 
-    if device is None and torch.cuda.is_available():
         free = [index for index in range(torch.cuda.device_count()) if gpu_is_free(index)]
         if not free:
             raise UserError("no GPU is free: wait, or name one with --device cuda:N, or --device cpu")
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
         return [{"CUDA_VISIBLE_DEVICES": names[index]} for index in free[:jobs]]
-    count = jobs or 1
-    return [{"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // count))}] * count
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = jobs or min(2, cores)
+    return [{"OMP_NUM_THREADS": str(max(1, cores // count))}] * count
+
+
+def has_gpus() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def gpu_is_free(index: int) -> bool:

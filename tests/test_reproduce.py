@@ -1,0 +1,366 @@
+"""`python -m reproduce`: jobs, where they run, what is resumed after a kill, and the tables that come out."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+import reproduce
+from reproduction.jobs import Job, Step, last_line, read_job, run_job
+from reproduction.launchers import is_queued, local_slots, run_local, submit
+from reproduction.tables import cell, markdown, summarise
+from utils import UserError, run_command
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["--device", "cpu", "--classifier-args", "--epochs 2", "--cvae-args", "--epochs 1", "--eval-args", "--epochs 1"]
+
+
+def run(*argv: object) -> int:
+    return run_command(reproduce.main, reproduce.get_parser(), [str(word) for word in argv])
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory):
+    """Two partitions, two seeds, with baselines and one ablation, on the digits."""
+    folder = tmp_path_factory.mktemp("reproduced") / "digits"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)  # the jobs are processes of their own
+        patch.setattr("benchmarks.ablations.VARIANTS", ("",))
+        argv = ["--partitions", "partition1", "partition3", "--seeds", 2, "--baselines", "KNN", "MaxLogit", "--output"]
+        assert run(*argv, folder, *QUICK) == 0
+    return folder
+
+
+def test_the_tables_are_the_means_of_what_eval_wrote(reproduced):
+    folders = [reproduced / f"partition{p}_seed{s}" for p in (1, 3) for s in (1, 2)]
+    results = [json.loads((folder / "eval.json").read_text()) for folder in folders]
+    table = json.loads((reproduced / "table.json").read_text())
+    assert (table["jobs"], table["done"]) == (4, 4) and table["job_seconds"] > 0
+    found = {(row["method"], row["at"]): row for row in table["detection"]}
+    assert {method for method, at in found if at == "untouched"} == {"MSP", "energy", "KNN", "MaxLogit"}
+    for (method, at), row in found.items():
+        values = [r["auroc"] for one in results for r in one["detection"] if (r["method"], r["at"]) == (method, at)]
+        assert row["auroc"] == {"mean": pytest.approx(mean(values)), "sd": pytest.approx(stdev(values)), "n": 4}
+    others = [row["auroc"]["mean"] for row in table["detection"] if row["at"] == "untouched"]
+    assert others == sorted(others, reverse=True)
+    assert [r["config"]["epochs"] for r in results] == [1] * 4
+    assert [r["seeds"] for r in results] == [[1], [2], [1], [2]]
+    origins = [r["checkpoints"]["train_classifier"]["origin"] for r in results]
+    assert [(origin["partition"], origin["seed"], origin["epochs"]) for origin in origins] == [
+        ("partition1", 1, 2), ("partition1", 2, 2), ("partition3", 1, 2), ("partition3", 2, 2)
+    ]  # fmt: skip
+
+    lines = (reproduced / "table.md").read_text().splitlines()
+    energy = found["CMG-energy", "last"]["auroc"]
+    row = next(line for line in lines if line.startswith("| held-out-classes | CMG-energy | last |"))
+    assert row.split(" | ")[3] == f"{100 * energy['mean']:.2f} ± {100 * energy['sd']:.2f}" and row.endswith("| 4 |")
+    assert "OOD is the positive class" in "\n".join(lines) and "python -m reproduce" in "\n".join(lines)
+    with open(reproduced / "table.csv") as file:
+        rows = {(row["method"], row["step"]): row for row in csv.DictReader(file)}
+    assert float(rows["CMG-energy", "last"]["auroc_mean"]) == energy["mean"] and len(rows) == len(found)
+
+
+def test_the_difference_to_the_best_of_the_others_is_of_the_scores_on_file(reproduced):
+    table = json.loads((reproduced / "table.json").read_text())
+    others = {row["method"]: row["auroc"]["mean"] for row in table["detection"] if row["at"] == "untouched"}
+    best = max(others, key=others.get)
+    assert [one["method"] for one in table["differences"]] == ["CMG-energy", "CMG-softmax"]
+    for one in table["differences"]:
+        assert one["best_baseline"] == best and one["low"] <= one["difference"] <= one["high"]
+        assert one["low"] < one["high"]
+        values = []
+        for folder in sorted(path for path in reproduced.iterdir() if path.name.startswith("partition")):
+            scores, seed = np.load(folder / "scores.npz"), folder.name[-1]
+            aurocs = []
+            for detector in (f"{one['method']}/{seed}/last", f"{best}/-/untouched"):
+                ind, ood = scores[f"{detector}/IND test"], scores[f"{detector}/held-out-classes"]
+                aurocs.append(roc_auc_score([0] * len(ind) + [1] * len(ood), np.concatenate([ind, ood])))
+            values.append(aurocs[0] - aurocs[1])
+        assert one["difference"] == pytest.approx(mean(values), abs=1e-6)
+
+
+def test_the_report_holds_tables_and_pictures(reproduced):
+    page = (reproduced / "report.html").read_text()
+    for words in ("CMG-softmax", "KNN", "95 % interval", "ROC curves", "How this was made", "python -m reproduce"):
+        assert words in page
+    assert page.count("<figure>") == 5 and not re.search(r'(src|href)="(?!data:|#)', page)
+    names = {path.name for path in (reproduced / "figures").iterdir()}
+    assert names == {"scores_CMG-energy.png", "scores_CMG-softmax.png", "roc.png", "steps.png"}
+
+
+def test_what_is_done_is_not_repeated(reproduced, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    before = {path: path.stat().st_mtime_ns for path in reproduced.glob("partition*/*") if path.name != "job.json"}
+    argv = ["--partitions", "partition1", "partition3", "--seeds", 2, "--baselines", "KNN", "MaxLogit", "--output"]
+    assert run(*argv, reproduced, *QUICK) == 0
+    assert "4 jobs, 4 done already" in capsys.readouterr().out
+    after = {path: path.stat().st_mtime_ns for path in reproduced.glob("partition*/*") if path.name != "job.json"}
+    assert before == after
+
+
+def test_another_option_of_eval_repeats_eval_alone(reproduced, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    argv = ["--partitions", "partition1", "--seeds", 1, "--output", tmp_path / "digits", "--modes", "CMG-energy"]
+    assert run(*argv, *QUICK) == 0
+    folder = tmp_path / "digits" / "partition1_seed1"
+    trained = (folder / "classifier.pkl").stat().st_mtime_ns
+    assert run(*argv, *QUICK, "--eval-args", "--epochs 2") == 0
+    assert (folder / "classifier.pkl").stat().st_mtime_ns == trained
+    assert json.loads((folder / "eval.json").read_text())["config"]["epochs"] == 2
+
+
+# --- interruption and failure -------------------------------------------------------------------
+
+
+def start(folder: Path, *more: str) -> subprocess.Popen:
+    argv = ["--partitions", "partition1", "--seeds", "1", "--modes", "CMG-energy", "--output", str(folder), *more]
+    return subprocess.Popen([sys.executable, "-m", "reproduce", *argv], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+LONGER = [
+    "--device",
+    "cpu",
+    "--classifier-args",
+    "--epochs 6",
+    "--cvae-args",
+    "--epochs 2",
+    "--eval-args",
+    "--epochs 1",
+]
+
+
+def test_killed_anywhere_it_goes_on_to_the_same_result(tmp_path):
+    """Kills the whole command several times, at chosen stages; compares with a run that was left alone."""
+    plain = start(tmp_path / "plain", *LONGER)
+    assert plain.wait(timeout=120) == 0
+    folder = tmp_path / "killed"
+    stages = ["classifier.pkl.resume", "classifier.pkl", "cvae.pkl"]
+    for stage in stages:
+        process = start(folder, *LONGER)
+        wait_for(lambda stage=stage: (folder / "partition1_seed1" / stage).exists() or process.poll() is not None)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    last = start(folder, *LONGER)
+    printed, _ = last.communicate(timeout=120)
+    assert last.returncode == 0 and "1/1" in printed
+    for name in ("eval.json", "classifier.pkl", "cvae.pkl"):
+        a, b = (root / "partition1_seed1" / name for root in (tmp_path / "plain", folder))
+        if name.endswith(".json"):
+            a, b = (json.loads(path.read_text()) for path in (a, b))
+            assert a["detection"] == b["detection"] and a["runs"] == b["runs"]
+        else:
+            assert same_tensors(a, b)
+    log = (folder / "partition1_seed1" / "log.txt").read_text()
+    assert "stopped in epoch" in log or "resuming at epoch" in log or log.count("$ python -m train") > 2
+
+
+def same_tensors(a: Path, b: Path) -> bool:
+    import torch
+
+    a, b = (torch.load(path, weights_only=True) for path in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_a_job_stops_when_its_parent_is_gone(tmp_path):
+    process = start(tmp_path, "--device", "cpu", "--classifier-args", "--epochs 2000")
+    resume = tmp_path / "partition1_seed1" / "classifier.pkl.resume"
+    wait_for(resume.exists)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    log = tmp_path / "partition1_seed1" / "log.txt"
+    wait_for(lambda: "stopped in epoch" in log.read_text())
+
+
+def test_a_failed_job_is_reported_and_stops_no_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    folder = tmp_path / "out"
+    (folder / "partition1_seed1").mkdir(parents=True)
+    (folder / "partition1_seed1" / "classifier.pkl").write_bytes(b"no checkpoint")
+    argv = ["--partitions", "partition1", "partition2", "--seeds", 1, "--modes", "CMG-energy", "--output", folder]
+    assert run(*argv, *QUICK) == 2
+    printed = capsys.readouterr()
+    assert "partition1_seed1 failed: train: error: " in printed.out
+    assert "classifier.pkl: is no checkpoint or is damaged" in printed.out
+    assert "1 of 2 jobs failed" in printed.err and printed.err.count("\n") == 1
+    assert json.loads((folder / "table.json").read_text())["done"] == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--partitions", "partition9"], "--partitions partition9: same_dataset_digits has partition1, "),
+        (["--ood-dataset", "SVHN"], "--ood-dataset SVHN: same_dataset_digits has held-out-classes"),
+        (["--modes", "CMG"], "argument --modes: invalid choice: 'CMG'"),
+        (["--seeds", "0"], "argument --seeds: 0 is out of range"),
+        (["--baselines", "LOF"], "argument --baselines: invalid choice: 'LOF'"),
+        (["--launcher", "slurm", "--slurm", "hours"], "--slurm hours: expected NAME=VALUE, such as timeout_min=240"),
+        (["--task", "custom"], "--task custom needs --ind-dir DIR"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_arguments_that_cannot_be_are_named(tmp_path, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = run(*argv)
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2 and message in capsys.readouterr().err
+    assert not any(path.suffix == ".pkl" for path in tmp_path.rglob("*"))
+
+
+# --- jobs and launchers -------------------------------------------------------------------------
+
+
+def tiny_job(folder: Path, *modules: str, argv: tuple[str, ...] = ()) -> Job:
+    """A job whose steps are modules in tests."""
+    steps = [
+        Step(f"step{k}", module, (*argv, str(folder / f"{k}.txt")), folder / f"{k}.txt")
+        for k, module in enumerate(modules)
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    job = Job(folder, tuple(steps))
+    job.write()
+    return job
+
+
+WRITES = "tests.writes_a_file"
+
+
+def test_a_job_is_what_was_written(tmp_path):
+    job = tiny_job(tmp_path / "a", WRITES, WRITES)
+    assert read_job(tmp_path / "a") == job
+    with pytest.raises(UserError, match="holds no job"):
+        read_job(tmp_path / "b")
+
+
+def test_steps_are_done_once_and_again_when_their_options_change(tmp_path):
+    job = tiny_job(tmp_path / "a", WRITES, WRITES)
+    assert run_job(job.folder) == 0 and job.is_done
+    written = [path.stat().st_mtime_ns for path in sorted(job.folder.glob("?.txt"))]
+    assert run_job(job.folder) == 0
+    assert [path.stat().st_mtime_ns for path in sorted(job.folder.glob("?.txt"))] == written
+    (job.folder / "0.txt").unlink()
+    assert not job.is_done and job.records() == {}  # what came after rested on it
+    changed = tiny_job(tmp_path / "a", WRITES, WRITES, argv=("--word", "new"))
+    assert not changed.is_done
+    assert run_job(job.folder) == 0 and changed.is_done
+    assert (job.folder / "1.txt").read_text() == "new"
+
+
+def test_a_step_that_fails_ends_the_job_with_its_status(tmp_path):
+    job = tiny_job(tmp_path / "a", WRITES, WRITES, argv=("--word", "fail"))
+    assert run_job(job.folder) == 2
+    assert last_line(job.log) == "writes: error: asked to fail" and job.records() == {}
+    assert last_line(tmp_path / "nothing") == "nothing was logged"
+
+
+def test_jobs_run_side_by_side_in_their_slots(tmp_path):
+    jobs = [tiny_job(tmp_path / name, WRITES) for name in "abc"]
+    lines = []
+    slots = [{"WORD": "first"}, {"WORD": "second"}]
+    assert run_local(jobs, slots, lines.append) == {"a": 0, "b": 0, "c": 0}
+    assert [re.sub(r"\(.*", "", line) for line in sorted(lines)] == [
+        f"[{k}/3] {n}: done " for k, n in zip("123", order(lines), strict=True)
+    ]
+    assert {(job.folder / "0.txt").read_text() for job in jobs} == {"first", "second"}
+
+
+def order(lines: list[str]) -> list[str]:
+    return [line.split("] ")[1].split(":")[0] for line in sorted(lines)]
+
+
+def test_without_a_gpu_slots_share_the_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
+    assert local_slots("cpu", None) == [{"OMP_NUM_THREADS": "3"}] * 2
+    assert local_slots("cpu", 3) == [{"OMP_NUM_THREADS": "2"}] * 3
+    assert local_slots("cpu", 9) == [{"OMP_NUM_THREADS": "1"}] * 9
+
+
+def test_free_gpus_take_one_job_each(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    memory = {0: (95, 100), 1: (20, 100), 2: (99, 100)}
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda index: memory[index])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert local_slots(None, None) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "2"}]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
+    assert local_slots(None, 1) == [{"CUDA_VISIBLE_DEVICES": "4"}]
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda index: (1, 100))
+    with pytest.raises(UserError, match="no GPU is free"):
+        local_slots(None, None)
+
+
+def test_submitit_runs_the_same_jobs_and_queues_none_twice(tmp_path, monkeypatch):
+    """Through submitit's executor for this machine, which takes what that for Slurm takes."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    jobs = [tiny_job(tmp_path / name, WRITES) for name in "ab"]
+    numbers = submit(jobs, tmp_path / "queue", cluster="local", timeout_min=1)
+    assert set(numbers) == {"a", "b"}
+    wait_for(lambda: all(job.is_done for job in jobs))
+    failing = tiny_job(tmp_path / "c", WRITES, argv=("--word", "fail"))
+    submit([failing], tmp_path / "queue", cluster="local", timeout_min=1)
+    wait_for(lambda: last_line(failing.log) == "writes: error: asked to fail")
+    assert not failing.is_done and json.loads((tmp_path / "queue" / "queue.json").read_text()).keys() == set("abc")
+
+
+def test_what_is_in_the_queue_is_not_queued_again(tmp_path, monkeypatch):
+    class Queued:
+        def __init__(self, folder, number):
+            self.state = number
+
+    monkeypatch.setattr("submitit.SlurmJob", Queued)
+    states = {"PENDING": True, "RUNNING": True, "COMPLETED": False, "FAILED": False, "TIMEOUT": False, "UNKNOWN": False}
+    assert {state: is_queued(state, tmp_path, "slurm") for state in states} == states
+    assert not is_queued(None, tmp_path, "slurm")
+    (tmp_path / "queue.json").write_text(json.dumps({"a": "RUNNING"}))
+    assert submit([tiny_job(tmp_path / "a", WRITES)], tmp_path) == {"a": "RUNNING"}  # and no executor was needed
+
+
+def test_no_slurm_here_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="--launcher slurm: .*run it where sbatch is, or use --launcher local"):
+        submit([tiny_job(tmp_path / "a", WRITES)], tmp_path / "queue")
+
+
+def test_without_submitit_it_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(UserError, match="needs submitit: pip install submitit"):
+        submit([], tmp_path)
+
+
+def test_a_job_that_ran_out_of_time_is_queued_again(tmp_path):
+    from reproduction.launchers import ClusterJob
+
+    again = ClusterJob().checkpoint("folder")
+    assert isinstance(again.function, ClusterJob) and again.args == ("folder",)
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+def test_summaries_by_hand():
+    rows = [{"method": "a", "auroc": 0.5}, {"method": "b", "auroc": 0.9}, {"method": "a", "auroc": 0.7, "fpr95": 0.2}]
+    found = summarise(rows, ("method",), ("auroc", "fpr95"))
+    assert found[0]["auroc"] == {"mean": 0.6, "sd": pytest.approx(0.02**0.5), "n": 2}
+    assert found[0]["fpr95"] == {"mean": 0.2, "sd": 0.0, "n": 1} and "fpr95" not in found[1]
+    assert cell(found[0]["auroc"]) == "60.00 ± 14.14" and cell(found[1]["auroc"]) == "90.00" and cell(None) == "–"
+    assert markdown(["x", "y"], [["1", "2"]]) == "| x | y |\n| --- | --- |\n| 1 | 2 |"

@@ -1,0 +1,22 @@
+"""A command for the tests of jobs: writes a word to a file, or fails."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from utils import UserError
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("writes")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--word", default=os.environ.get("WORD", ""))
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.word == "fail":
+        raise UserError("asked to fail")
+    args.file.write_text(args.word)
