@@ -33,11 +33,10 @@ def run(*argv: object) -> int:
 
 @pytest.fixture(scope="module")
 def reproduced(tmp_path_factory):
-    """Two partitions, two seeds, with baselines and one ablation, on the digits."""
+    """Two partitions, two seeds, with baselines, on the digits."""
     folder = tmp_path_factory.mktemp("reproduced") / "digits"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)  # the jobs are processes of their own
-        patch.setattr("benchmarks.ablations.VARIANTS", ("",))
         argv = ["--partitions", "partition1", "partition3", "--seeds", 2, "--baselines", "KNN", "MaxLogit", "--output"]
         assert run(*argv, folder, *QUICK) == 0
     return folder
