@@ -1,0 +1,49 @@
+"""The benchmarks: what they measure with, and what they print."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from benchmarks import csi, measure
+from benchmarks.measure import in_turn
+from utils import run_command
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still but for what is added to its list."""
+    passed = []
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: sum(passed))
+    return passed
+
+
+def test_medians_of_works_in_turn_without_the_first_round(clock):
+    calls = []
+
+    def work(name: str, *durations: float):
+        left = iter(durations)
+        return lambda: (calls.append(name), clock.append(next(left)))
+
+    works = {"a": work("a", 100.0, 3.0, 1.0, 8.0), "b": work("b", 7.0, 0.5, 0.25, 0.75)}
+    assert in_turn(works, 3, CPU) == {"a": 3.0, "b": 0.5}
+    assert calls == ["a", "b"] * 4
+
+
+def test_csi_prints_what_it_measured(monkeypatch, capsys):
+    """With seconds of our choice, the whole step's and the network's by turns, after real work."""
+    given = itertools.cycle([0.5, 0.4])
+    monkeypatch.setattr(measure, "seconds", lambda work, device: (work(), next(given))[1])
+    options = ["--batch-size", "10", "--repeats", "1", "--width", "2", "--device", "cpu", "--precision", "fp32"]
+    assert run_command(csi.main, csi.get_parser(), options) == 0
+    words, figures = capsys.readouterr().out.splitlines()
+    assert words == "20.0 images/s, of which the network takes 80.0 % (target 85)"
+    figures = json.loads(figures)
+    assert (figures["step_seconds"], figures["network_seconds"], figures["network_share"]) == (0.5, 0.4, 0.8)
+    assert (figures["images_per_second"], figures["views_per_second"]) == (20.0, 160.0)
+    assert (figures["batch_size"], figures["repeats"], figures["device"]) == (10, 1, "cpu")
