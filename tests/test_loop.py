@@ -369,6 +369,11 @@ def wait_for(condition, seconds: float = 60) -> None:
         time.sleep(0.005)
 
 
+def shows(output: Path, word: str) -> bool:
+    """Whether a process has printed the word."""
+    return output.exists() and word in output.read_text()
+
+
 def finish(processes: list, seconds: float = 120) -> list[int]:
     for process in processes:
         process.join(seconds)
@@ -432,7 +437,7 @@ def test_a_command_stopped_while_it_reads_ends_in_one_line(tmp_path, monkeypatch
             save_network(file, stage.build(TASKS["same_dataset_digits"]), {})
     before, output = sorted(tmp_path.rglob("*.*")), tmp_path / "output"
     process = children.start(children.run_waiting_for_images, command, [], output=output)
-    wait_for(lambda: output.exists() and "reading\n" in output.read_text())
+    wait_for(lambda: shows(output, "reading\n"))
     os.kill(process.pid, signum)
     assert finish([process], 10) == [128 + signum]
     assert output.read_text() == f"reading\n{command}: stopped by {signum.name}\n"
@@ -463,7 +468,7 @@ def test_one_failing_process_of_two_ends_both(tmp_path, moment):
 
 def test_a_process_that_waits_for_another_can_be_stopped(tmp_path):
     processes = children.start_two(children.wait_for_the_other, output=tmp_path / "output")
-    wait_for(lambda: "joining" in (tmp_path / "output.0").read_text())
+    wait_for(lambda: shows(tmp_path / "output.0", "joining\n"))
     time.sleep(0.3)  # torch now waits where no handler of Python's would be called
     os.kill(processes[0].pid, signal.SIGTERM)
     assert finish(processes, 10) == [-signal.SIGTERM, 0]

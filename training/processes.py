@@ -10,6 +10,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+# Before there is a group: functions in there take it as a default argument. They would keep it, and gloo's threads,
+# from ending before the interpreter does, which may then abort.
+import torch.distributed.nn  # noqa: F401
 from torch import nn
 
 from utils import UserError, handling, pick_device
