@@ -67,13 +67,10 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    from training.processes import join_processes, leave_processes
+    from training.processes import joined_processes
 
-    processes = join_processes(args.device)
-    try:
+    with joined_processes(args.device) as processes:
         train(args, processes)
-    finally:
-        leave_processes()
 
 
 def train(args: argparse.Namespace, processes) -> None:

@@ -28,12 +28,31 @@ class UserError(Exception):
     """Something the user can mend: the message says what is wrong, what was expected, what to do."""
 
 
-class Stopped(Exception):
-    """The run was asked to stop by a signal and has saved its state."""
+class Stopped(BaseException):
+    """The run was asked to stop by a signal: like KeyboardInterrupt no failure, which code on the way might catch."""
 
     def __init__(self, message: str, signum: int):
         super().__init__(message)
         self.signum = signum
+
+
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
+@contextmanager
+def handling(handler: Callable | signal.Handlers):
+    """Within the block the stop signals go to `handler`."""
+    previous = {signum: signal.signal(signum, handler) for signum in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for signum, earlier in previous.items():
+            signal.signal(signum, earlier)
+
+
+def raise_stopped(signum: int, frame: object) -> None:
+    """The handler of every command, but for the training loop, which first saves its state."""
+    raise Stopped(f"stopped by {signal.Signals(signum).name}", signum)
 
 
 def run_command(main: Callable, parser: argparse.ArgumentParser, argv: list[str] | None = None) -> int:
@@ -45,16 +64,14 @@ def run_command(main: Callable, parser: argparse.ArgumentParser, argv: list[str]
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        return main(args) or 0
+        with handling(raise_stopped):
+            return main(args) or 0
     except UserError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     except Stopped as stop:
         print(f"{parser.prog}: {stop}", file=sys.stderr)
         return 128 + stop.signum
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
 
 
 # --- arguments ----------------------------------------------------------------------------------

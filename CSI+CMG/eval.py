@@ -2,6 +2,7 @@
 
     python -m eval --mode test_acc test_marginalized_acc --load_path ../ckpt/csi_cifar10.pkl
     python -m eval --mode ood ood_marginalized --ood-dataset all
+    python -m eval --task custom --ind-dir ../birds --ood-dir ../insects
 
 prints a table and writes it to a JSON file.
 """
@@ -13,7 +14,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from csi.options import DATASETS, ROOT, add_csi_arguments, default_checkpoint
+from csi.options import ROOT, add_csi_arguments, data_from_arguments, default_checkpoint
 from utils import changed_options, check_writable, pick_all, run_command
 
 # mode -> (which rows, which view)
@@ -46,24 +47,23 @@ def main(args: argparse.Namespace) -> None:
     from evaluation.report import format_ind_table, format_table
     from utils import environment, pick_device, pick_precision, write_json
 
-    data = DATASETS[args.dataset]
-    chosen = [MODES[mode] for mode in pick_all("--mode", args.mode, list(MODES), args.dataset)]
-    names = pick_all("--ood-dataset", args.ood_dataset, data.task.ood_datasets, args.dataset)
-    path = args.load_path or default_checkpoint(args.dataset, "sup_CSI_linear")
+    data = data_from_arguments(args)
+    chosen = [MODES[mode] for mode in pick_all("--mode", args.mode, list(MODES), data.name)]
+    names = []
+    if any(rows == "detection" for rows, _ in chosen):
+        names = pick_all("--ood-dataset", args.ood_dataset, data.task.ood_datasets, data.name)
+    path = args.load_path or default_checkpoint(data, "sup_CSI_linear")
     output = (
         args.output
-        or ROOT
-        / "results"
-        / f"csi_{args.dataset}_eval{changed_options(args, get_parser(), ('mode', 'ood_dataset'))}.json"
+        or ROOT / "results" / f"csi_{data.name}_eval{changed_options(args, get_parser(), ('mode', 'ood_dataset'))}.json"
     )
     check_writable(output)
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
-    model, origin = load_finished(path, args.dataset, device)
+    model, origin = load_finished(path, data, device)
     _, test = load_ind(data.task, data.partition, args.data_dir)
-    test, ood = test.to(device), {}
-    if any(rows == "detection" for rows, _ in chosen):
-        ood = {name: load_ood(data.task, data.partition, name, args.data_dir).to(device) for name in names}
+    test = test.to(device)
+    ood = {name: load_ood(data.task, data.partition, name, args.data_dir).to(device) for name in names}
 
     results = {"ind": [], "detection": []}
     for view in dict.fromkeys(view for _, view in chosen):
@@ -76,7 +76,7 @@ def main(args: argparse.Namespace) -> None:
         output,
         {
             "command": shlex.join(["python", "-m", "eval", *args.argv]),
-            "dataset": args.dataset,
+            "dataset": data.name,
             "positive_class": "OOD",
             "checkpoint": {"file": str(path), "origin": origin},
             "images": {"IND test": len(test)} | {name: len(images) for name, images in ood.items()},

@@ -2,6 +2,7 @@
 
     python -m main --params-dict-name ../ckpt/csi_cifar10.pkl --params-dict-name2 ../ckpt/different_dataset_all_cvae.pkl
     python -m main --dataset digits --seeds 1 2 3
+    python -m main --task custom --ind-dir ../birds --ood-dir ../insects
 
 prints a table and writes everything behind it to a JSON file. The CVAE is the root's:
 python -m train --task different_dataset --command train_cvae
@@ -14,7 +15,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from csi.options import DATASETS, ROOT, add_csi_arguments, default_checkpoint
+from csi.options import ROOT, add_csi_arguments, data_from_arguments, default_checkpoint
 from datasets import tasks
 from utils import (
     UserError,
@@ -63,17 +64,17 @@ def main(args: argparse.Namespace) -> None:
     from csi.network import load_finished
     from evaluation.report import format_ind_table, format_table
     from training.fine_tune import FineTuneConfig
-    from training.stage2 import load_data, load_stage1
+    from training.stage2 import load_data, load_stage1, train_command
     from utils import environment, pick_device, pick_precision, write_json
 
-    data = DATASETS[args.dataset]
+    data = data_from_arguments(args)
     task, partition = data.task, data.partition
-    names = pick_all("--ood-dataset", args.ood_dataset, task.ood_datasets, args.dataset)
+    names = pick_all("--ood-dataset", args.ood_dataset, task.ood_datasets, data.name)
     seeds = list(dict.fromkeys(args.seeds))
-    csi_path = args.params_dict_name or default_checkpoint(args.dataset, "sup_CSI_linear")
+    csi_path = args.params_dict_name or default_checkpoint(data, "sup_CSI_linear")
     cvae_path = args.params_dict_name2 or ROOT / tasks.default_checkpoint(data.task_name, partition, "train_cvae")
     changed = changed_options(args, get_parser(), METHOD)
-    output = args.output or ROOT / "results" / f"csi_cmg_{args.dataset}_seed{'-'.join(map(str, seeds))}{changed}.json"
+    output = args.output or ROOT / "results" / f"csi_cmg_{data.name}_seed{'-'.join(map(str, seeds))}{changed}.json"
     check_writable(output)
     device = pick_device(args.device)
     config = FineTuneConfig(
@@ -85,26 +86,23 @@ def main(args: argparse.Namespace) -> None:
         sigma=task.sigma,
         precision=pick_precision(args.precision, device),
     )
-    network, csi_origin = load_finished(csi_path, args.dataset, device)
+    network, csi_origin = load_finished(csi_path, data, device)
     if not cvae_path.is_file():
-        options = f"--task {data.task_name} --command train_cvae --params-dict-name {cvae_path.resolve()}"
-        raise UserError(
-            f"{cvae_path}: no such file; it should hold the CVAE. Make it with, in the root: python -m train {options}"
-        )
+        command = train_command("train_cvae", task, data.task_name, partition, cvae_path.resolve())
+        raise UserError(f"{cvae_path}: no such file; it should hold the CVAE. Make it with, in the root: {command}")
     cvae, cvae_origin = load_stage1("train_cvae", task, data.task_name, partition, cvae_path, device)
     origins = {"CSI": csi_origin, "the CVAE": cvae_origin}
     images = load_data(task, partition, names, args.data_dir, origins, device)
     counts = images.counts()
     print(
-        f"{args.dataset} on {device} in {config.precision}: "
-        + ", ".join(f"{n:,} {name}" for name, n in counts.items()),
+        f"{data.name} on {device} in {config.precision}: " + ", ".join(f"{n:,} {name}" for name, n in counts.items()),
         flush=True,
     )
     results = before_and_after(network, cvae, images, config, seeds, args.train_bn1)
     print(f"\n{format_table(results['detection'])}\n\n{format_ind_table(results['ind'])}\n")
     about = {
         "command": shlex.join(["python", "-m", "main", *args.argv]),
-        "dataset": args.dataset,
+        "dataset": data.name,
         "positive_class": "OOD",
         "config": asdict(config) | {"train_bn1": args.train_bn1},
         "seeds": seeds,

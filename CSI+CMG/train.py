@@ -2,6 +2,7 @@
 
     python -m train --mode sup_simclr_CSI --dataset cifar10
     python -m train --mode sup_CSI_linear --dataset cifar10
+    python -m train --task custom --ind-dir ../birds
 
 writes a state dict to --params-dict-name. An interrupted run goes on when the same command is given again; several
 GPUs: torchrun --nproc_per_node=N -m -- train …
@@ -13,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from csi.options import DATASETS, TRAINING_MODES, add_csi_arguments, default_checkpoint, remedy
+from csi.options import TRAINING_MODES, CSIData, add_csi_arguments, data_from_arguments, default_checkpoint, remedy
 from training.runs import add_run_arguments, format_figures, is_done, train_to_checkpoint
 from utils import UserError, number, positive_float, positive_int, run_command, seed_number
 
@@ -58,13 +59,10 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    from training.processes import join_processes, leave_processes
+    from training.processes import joined_processes
 
-    processes = join_processes(args.device)
-    try:
+    with joined_processes(args.device) as processes:
         train(args, processes)
-    finally:
-        leave_processes()
 
 
 def train(args: argparse.Namespace, processes) -> None:
@@ -80,8 +78,8 @@ def train(args: argparse.Namespace, processes) -> None:
     from training.loop import LoopConfig, fingerprint
     from utils import derive_seed, pick_precision
 
-    data, mode, stage = DATASETS[args.dataset], TRAINING_MODES[args.mode], STAGES[args.mode]
-    path = args.params_dict_name or default_checkpoint(args.dataset, args.mode)
+    data, mode, stage = data_from_arguments(args), TRAINING_MODES[args.mode], STAGES[args.mode]
+    path = args.params_dict_name or default_checkpoint(data, args.mode)
     device = processes.device
     config = LoopConfig(
         epochs=args.epochs or mode.epochs,
@@ -93,9 +91,9 @@ def train(args: argparse.Namespace, processes) -> None:
     if args.mode == "sup_simclr_CSI" and args.warmup >= config.epochs:
         raise UserError(f"--warmup {args.warmup}: must be less than the {config.epochs} epochs; lower it")
     torch.manual_seed(derive_seed(args.seed, "initialisation", args.mode))
-    model, what = build(args, data.classes)
+    model, what = build(args, data)
     # The schedule depends on the number of epochs: unlike a constant rate it cannot be continued beyond them.
-    what |= {"command": args.mode, "dataset": args.dataset, "total_epochs": config.epochs}
+    what |= {"command": args.mode, "dataset": data.name, "total_epochs": config.epochs}
     training_images, test_images = load_ind(data.task, data.partition, args.data_dir)
     training_images, _ = split_validation(training_images, what["val_fraction"])
     what |= {"data": fingerprint(training_images)}
@@ -116,7 +114,7 @@ def train(args: argparse.Namespace, processes) -> None:
         stage.objective(data.classes),
         config=config,
         what=what,
-        about=f"{args.mode}: {args.dataset}",
+        about=f"{args.mode}: {data.name}",
         copies=2,
         processes=processes,
         args=args,
@@ -132,18 +130,18 @@ def train(args: argparse.Namespace, processes) -> None:
     print(f"wrote {path}")
 
 
-def build(args: argparse.Namespace, classes: int) -> tuple:
+def build(args: argparse.Namespace, data: CSIData) -> tuple:
     """The network as the mode starts from it, and what its making depends on."""
     from csi.network import CSINet, load_csi
 
     if args.mode == "sup_simclr_CSI":
-        return CSINet(classes, args.width), {
+        return CSINet(data.classes, args.width), {
             "width": args.width,
             "warmup": args.warmup,
             "val_fraction": args.val_fraction,
         }
-    source = args.load_path or default_checkpoint(args.dataset, "sup_simclr_CSI")
-    model, origin = load_csi(source, classes, {"dataset": args.dataset}, remedy(args.dataset, "sup_simclr_CSI"))
+    source = args.load_path or default_checkpoint(data, "sup_simclr_CSI")
+    model, origin = load_csi(source, data.classes, {"dataset": data.name}, remedy(data, "sup_simclr_CSI"))
     return model, {
         "width": len(model.bn1.weight),
         "val_fraction": origin.get("val_fraction", 0.0),

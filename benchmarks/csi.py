@@ -9,10 +9,7 @@ forward and backward alone on views made before. The last line is a JSON object.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
-import time
 from pathlib import Path
 
 from utils import autocast, environment, pick_device, pick_precision, positive_int, run_command
@@ -35,6 +32,8 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     import torch
+
+    from benchmarks.measure import in_turn, print_json
 
     sys.path.append(str(Path(__file__).resolve().parents[1] / "CSI+CMG"))
     from csi.augmentation import make_views
@@ -67,7 +66,8 @@ def main(args: argparse.Namespace) -> None:
         optimizer.zero_grad()
         torch.autograd.backward(list(outputs.values()), [torch.ones_like(output) for output in outputs.values()])
 
-    step, network = timed([whole_step, network_alone], repeats, device)
+    times = in_turn({"step": whole_step, "network": network_alone}, repeats, device)
+    step, network = times["step"], times["network"]
     result = {
         "images_per_second": round(count / step, 2),
         "views_per_second": round(8 * count / step, 1),
@@ -82,25 +82,7 @@ def main(args: argparse.Namespace) -> None:
     print(
         f"{result['images_per_second']} images/s, of which the network takes {100 * network / step:.1f} % (target 85)"
     )
-    print(json.dumps(result))
-
-
-def timed(functions: list, repeats: int, device) -> list[float]:
-    """Median seconds of each function, called in turn so that all see the same machine; one call each warms up."""
-    import torch
-
-    seconds = [[] for _ in functions]
-    for repeat in range(repeats + 1):
-        for function, taken in zip(functions, seconds, strict=True):
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            start = time.perf_counter()
-            function()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if repeat:
-                taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in seconds]
+    print_json(result)
 
 
 if __name__ == "__main__":

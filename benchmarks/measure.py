@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +25,13 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     work()
     synchronise(device)
     return time.perf_counter() - start
+
+
+def in_turn(works: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each work over the rounds, in which all come in turn, so that all see the same machine; one
+    more round before them warms up."""
+    taken = [{name: seconds(work, device) for name, work in works.items()} for _ in range(rounds + 1)]
+    return {name: statistics.median(times[name] for times in taken[1:]) for name in works}
 
 
 def peak_mib(device: torch.device) -> int:

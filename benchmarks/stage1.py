@@ -10,7 +10,6 @@ The last line is a JSON object, one entry per network.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -55,7 +54,7 @@ def measure(name: str, args: argparse.Namespace) -> dict:
     """Time our loop, the plain one and the floor in turn; the median of the rounds counts."""
     import torch
 
-    from benchmarks.measure import matmul_tflops, peak_mib, seconds
+    from benchmarks.measure import in_turn, matmul_tflops, peak_mib
     from datasets.datasetsHelper import Images
     from datasets.tasks import TASKS
     from training.loop import LoopConfig, Recorder, fit
@@ -92,13 +91,8 @@ def measure(name: str, args: argparse.Namespace) -> dict:
         network(), data, objective, batch_size, device, task.augment and command == "train_classifier"
     )
     run_floor = floor_loop(ours, ours_optimizer, data, objective, batch_size, steps, device, precision)
-    times = {"ours": [], "plain": [], "floor": []}
-    for round_number in range(rounds + 1):
-        for who, work in (("ours", run_ours), ("floor", run_floor), ("plain", run_plain)):
-            taken = seconds(work, device)
-            if round_number:  # the first is a warm-up
-                times[who].append(taken)
-    rate = {who: count / statistics.median(taken) for who, taken in times.items()}
+    times = in_turn({"ours": run_ours, "floor": run_floor, "plain": run_plain}, rounds, device)
+    rate = {who: count / taken for who, taken in times.items()}
     tflops = rate["ours"] * operations_per_image(ours, data, objective, device) / 1e12
     return {
         "images_per_second": round(rate["ours"], 1),

@@ -14,7 +14,9 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -148,7 +150,8 @@ def write_record(name: str, data_dir: Path, origins: dict, splits: dict) -> None
 def obtain(name: str, data_dir: Path, splits: tuple[str, ...] | None = None, given: Path | None = None) -> bool:
     """Make the splits of a data set (all, unless told) complete below `data_dir`.
 
-    Everything is fetched or copied into a folder aside, verified there and moved to its place only then.
+    Everything is unpacked or copied into a folder aside, verified there and moved to its place only then; what was
+    fetched is kept until it is there, so that an interruption at any moment costs no second download.
 
     Args:
         given: an archive, file or folder to import instead of fetching.
@@ -165,19 +168,24 @@ def obtain(name: str, data_dir: Path, splits: tuple[str, ...] | None = None, giv
         lacking = {split for split in splits or source.counts if not is_present(name, data_dir, split)}
         downloads = [download for download in source.downloads if lacking & set(download.splits)]
         if not downloads:
+            _forget_parts(source.downloads, data_dir)
             return False
         for download in downloads:
             _make_way(data_dir / download.target, download.unpack)
+        paths = [_found(name, d, given) if given else _fetched(name, d, data_dir) for d in downloads]
         try:
             shutil.rmtree(staging, ignore_errors=True)
-            notes = dict(_stage(name, download, data_dir, staging, given) for download in downloads)
+            notes = dict(map(partial(_stage, name, staging, given), downloads, paths))
             covered = [split for split in source.counts if any(split in download.splits for download in downloads)]
             figures = {split: verify(name, staging, split) for split in covered}
             for path in [*map(Path, notes), *(file.relative_to(staging) for file in staging.glob(".*.npz"))]:
                 (data_dir / path).parent.mkdir(parents=True, exist_ok=True)
                 (staging / path).replace(data_dir / path)
             write_record(name, data_dir, notes, figures)
+            _forget_parts(downloads, data_dir)
         except UserError as error:
+            if not given:  # what came is not what it should be: the next attempt fetches it anew
+                _forget_parts(downloads, data_dir)
             raise UserError(str(error).replace(f"{staging}/", f"{name}: ").replace(str(staging), "what came")) from None
         except OSError as error:
             raise UserError(
@@ -217,11 +225,14 @@ def _make_way(target: Path, is_folder: bool) -> None:
     target.rmdir()
 
 
-def _stage(name: str, download: Download, data_dir: Path, staging: Path, given: Path | None) -> tuple[str, dict]:
-    """Put the file or folder of a download below `staging`. Returns its path there and a note of whence it came."""
+def _stage(name: str, staging: Path, given: Path | None, download: Download, path: Path) -> tuple[str, dict]:
+    """Put the content of a download, the file or folder `path`, below `staging`; `path` stays as it is.
+
+    Returns:
+        Its path there and a note of whence it came.
+    """
     target = staging / download.target
     target.parent.mkdir(parents=True, exist_ok=True)
-    path = _found(name, download, given) if given else _fetched(name, download, data_dir)
     origin = str(given or download.addresses[0])
     if path.is_dir():
         files = download.files() or list_images(path)
@@ -238,25 +249,33 @@ def _stage(name: str, download: Download, data_dir: Path, staging: Path, given: 
         + ("" if download.md5 else " (no checksum is published)"),
         flush=True,
     )
-    if not given:  # from here on a failure does away with it, so that the next attempt fetches it anew
-        path = path.replace(staging / path.name)
     if download.unpack:
         unpacked = staging / ".unpacked"
         unpacked.mkdir()
         unpack(path, unpacked, download.max_files, download.max_bytes)
         inner_folder(unpacked).replace(target)
         return download.target, note
-    if given:
-        target = target if path.suffix == target.suffix else target.with_suffix("")
-        shutil.copyfile(path, target)
-    else:
-        path.replace(target)
+    if given and path.suffix != target.suffix:
+        target = target.with_suffix("")
+    shutil.copyfile(path, target)
     return target.relative_to(staging).as_posix(), note
+
+
+def _part(download: Download, data_dir: Path) -> Path:
+    """Where a download is kept until its content is in place."""
+    return data_dir / f"{download.target}.part"
+
+
+def _forget_parts(downloads: Iterable[Download], data_dir: Path) -> None:
+    for download in downloads:
+        _part(download, data_dir).unlink(missing_ok=True)
 
 
 def _fetched(name: str, download: Download, data_dir: Path) -> Path:
     """The file of a download as a .part file, whole and with the published checksum."""
-    part = data_dir / f"{download.target}.part"
+    part = _part(download, data_dir)
+    if download.md5 and part.is_file() and digest(part, "md5") == download.md5:
+        return part
     reasons = []
     for address in download.addresses:
         try:

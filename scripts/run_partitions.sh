@@ -11,16 +11,17 @@ run_task() {
     shift
     for partition in "$@"; do
         local name="${task}_${partition}"
+        local classifier="ckpt/${name}_classifier_seed$SEED.pkl" cvae="ckpt/${name}_cvae_seed$SEED.pkl"
         for command in train_classifier train_cvae; do
             "$python" -m train --task "$task" --partition "$partition" --command "$command" \
                 --params-dict-name "ckpt/${name}_${command#train_}_seed$SEED.pkl" --seed "$SEED" "${common[@]}" ${TRAIN_ARGS:-}
         done
-        # Other options make other results, under another name.
+        # Other options make other results, under another name; networks that were trained anew make new ones.
         local result="results/${name}_seed$SEED${EVAL_ARGS:+_$(cksum <<<"$EVAL_ARGS" | cut -d' ' -f1)}.json"
-        if [ ! -f "$result" ]; then
+        if ! [[ $result -nt $classifier && $result -nt $cvae ]]; then
             "$python" -m eval --task "$task" --partition "$partition" --mode all --ood-dataset all --seed "$SEED" \
-                --params-dict-name "ckpt/${name}_classifier_seed$SEED.pkl" \
-                --params-dict-name2 "ckpt/${name}_cvae_seed$SEED.pkl" --output "$result" "${common[@]}" ${EVAL_ARGS:-}
+                --params-dict-name "$classifier" --params-dict-name2 "$cvae" --output "$result" \
+                "${common[@]}" ${EVAL_ARGS:-}
         fi
         results+=("$result")
     done

@@ -6,11 +6,15 @@ fraction of a second whatever the tests did before.
 
 from __future__ import annotations
 
+import importlib
+import itertools
+import math
 import multiprocessing
 import os
 import resource
 import socket
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,15 +22,18 @@ from pathlib import Path
 import sklearn.datasets  # noqa: F401  # imported in the server, once for all
 import sklearn.model_selection  # noqa: F401
 import torch
+import torchvision  # noqa: F401
 from torch import nn
 
-from datasets.datasetsHelper import Images
+import training.stage2  # noqa: F401
+from datasets.datasetsHelper import READERS, Images
 from datasets.tasks import TASKS
 from train import get_parser, main
 from training.loop import LoopConfig, Recorder, fit
-from training.processes import join_processes, leave_processes
+from training.processes import joined_processes
 from training.stages import STAGES
-from utils import run_command, save_checkpoint
+from training.train_classifier import ClassifierObjective
+from utils import UserError, run_command, save_checkpoint
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.children"])
@@ -79,21 +86,74 @@ def train_tiny(argv: list[str]) -> int:
     return run_command(main, get_parser(), argv)
 
 
+def run_waiting_for_images(name: str, argv: list[str]) -> int:
+    """`python -m NAME` where reading the digits takes forever."""
+    module = importlib.import_module(name)
+
+    def read(data_dir: Path, split: str) -> Images:
+        print("reading", flush=True)
+        while True:
+            time.sleep(0.01)
+
+    READERS["digits"] = read
+    return run_command(module.main, module.get_parser(), argv)
+
+
+def train_with_one_failing(moment: str, argv: list[str]) -> int:
+    """`train_tiny` where the second process fails at a moment: reading, or in a step of the second epoch."""
+    if os.environ["RANK"] == "1":
+        FAILURES[moment]()
+    return train_tiny(argv)
+
+
+def fail(*args: object) -> None:
+    raise UserError("this process fails")
+
+
+def at_step(number: int, event: Callable[[dict], dict]) -> None:
+    """Let `event` change what the classifier's objective returns at a step, counted from 1."""
+    stage, steps = STAGES["train_classifier"], itertools.count(1)
+
+    class Eventful(ClassifierObjective):
+        def __call__(self, *args):
+            means = super().__call__(*args)
+            return event(means) if next(steps) == number else means
+
+    STAGES["train_classifier"] = replace(stage, objective=lambda task: Eventful(task.augment))
+
+
+FAILURES = {
+    "reading": lambda: READERS.update(digits=fail),
+    "step": lambda: at_step(15, fail),
+    "nan": lambda: at_step(15, lambda means: means | {"loss": means["loss"] * math.nan}),
+}
+
+
+def wait_for_the_other() -> int:
+    """The first of two processes joins their group, the second never does."""
+
+    def main(args: object) -> None:
+        print("joining", flush=True)
+        with joined_processes("cpu"):
+            pass
+
+    return run_command(main, get_parser(), []) if os.environ["RANK"] == "0" else 0
+
+
 def fit_linear(count: int, epochs: int, file: Path) -> None:
     """Fit two linear layers, without batch norm or dropout, by plain SGD; the main process saves weights and losses."""
-    processes = join_processes("cpu")
-    draw = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (count, 1, 4, 4), generator=draw, dtype=torch.uint8)
-    data = Images(images, torch.randint(3, (count,), generator=draw))
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3))
-    objective = STAGES["train_classifier"].objective(TASKS["same_dataset_digits"])
-    config = LoopConfig(epochs=epochs, batch_size=8, learning_rate=0.5, seed=3, precision="fp32")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    history = fit(model, optimizer, data, objective, config, processes, Recorder(name="linear"))
-    if processes.is_main:
-        torch.save({"model": model.state_dict(), "losses": [line["loss"] for line in history]}, file)
-    leave_processes()
+    with joined_processes("cpu") as processes:
+        draw = torch.Generator().manual_seed(0)
+        images = torch.randint(256, (count, 1, 4, 4), generator=draw, dtype=torch.uint8)
+        data = Images(images, torch.randint(3, (count,), generator=draw))
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3))
+        objective = STAGES["train_classifier"].objective(TASKS["same_dataset_digits"])
+        config = LoopConfig(epochs=epochs, batch_size=8, learning_rate=0.5, seed=3, precision="fp32")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        history = fit(model, optimizer, data, objective, config, processes, Recorder(name="linear"))
+        if processes.is_main:
+            torch.save({"model": model.state_dict(), "losses": [line["loss"] for line in history]}, file)
 
 
 def save_with_little_room(path: Path, room: int) -> int:

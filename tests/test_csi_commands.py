@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from csi.network import CSINet
 from csi.optimizers import warmup_cosine
 from csi.stages import STAGES
 from datasets.datasetsHelper import Images
+from datasets.tasks import TASKS
+from tests import tiny_data
 from training.fine_tune import FineTuneConfig
 from training.loop import LoopConfig, Recorder, fit
 from training.processes import Processes
@@ -136,7 +139,7 @@ def test_main_names_what_is_missing(chain, tmp_path, capsys):
     options = ["--params-dict-name", chain / "csi.pkl", "--params-dict-name2", cvae, "--output", tmp_path / "o"]
     assert run("main", "--dataset", "digits", *options) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "in the root: python -m train --task same_dataset_digits_rgb --command" in error
+    assert error.count("\n") == 1 and "in the root: python -m train --task same_dataset_digits_rgb --partition" in error
 
 
 @pytest.mark.parametrize("train_bn1", [False, True])
@@ -192,20 +195,19 @@ def test_help_in_the_folder_is_csis_own(name):
     reply = subprocess.run(
         [sys.executable, "-m", name, "--help"], cwd=FOLDER, capture_output=True, text=True, check=True
     )
-    assert "--dataset {cifar10,digits}" in " ".join(reply.stdout.split())
+    assert "--dataset {cifar10,digits,custom}" in " ".join(reply.stdout.split())
 
 
 def test_all_six_ood_sets_of_cifar10_in_one_run(tmp_path, monkeypatch):
-    tiny = pytest.importorskip("tests.tiny_data")
-    from datasets.tasks import TASKS
     from training.checkpoints import save_network
     from training.train_cvae import build_cvae
 
-    tiny.write_cifar10(tmp_path, 10)
-    tiny.write_cifar100(tmp_path, 10)
-    tiny.write_svhn(tmp_path, 10)
+    tiny_data.write_cifar10(tmp_path, 10)
+    tiny_data.write_cifar100(tmp_path, 10)
+    tiny_data.write_svhn(tmp_path, 10)
     for folder in ("LSUN_resize", "LSUN_fix", "Imagenet_resize", "Imagenet_fix"):
-        tiny.write_folder(tmp_path, folder, 10)
+        tiny_data.write_folder(tmp_path, folder, 10)
+    tiny_data.write_folder(tmp_path, "planes", 4, size=50)
     # An authors' checkpoint: a plain dict of tensors, written from several GPUs.
     state = {f"module.{name}": tensor for name, tensor in CSINet(width=2).state_dict().items()}
     torch.save(state, tmp_path / "authors.model")
@@ -213,8 +215,86 @@ def test_all_six_ood_sets_of_cifar10_in_one_run(tmp_path, monkeypatch):
     output = tmp_path / "main.json"
     networks = ["--params-dict-name", tmp_path / "authors.model", "--params-dict-name2", tmp_path / "cvae.pkl"]
     options = ["--data-dir", tmp_path, "--device", "cpu", "--epochs", 1, "--output", output]
-    assert run("main", *networks, *options) == 0
+    assert run("main", *networks, *options, "--ood-dir", tmp_path / "planes") == 0
     result = json.loads(output.read_text())
     names = list(dict.fromkeys(row["ood_dataset"] for row in result["detection"]))
-    assert names == ["SVHN", "LSUN", "LSUN-FIX", "tinyImageNet", "ImageNet-FIX", "CIFAR100"]
+    assert names == ["SVHN", "LSUN", "LSUN-FIX", "tinyImageNet", "ImageNet-FIX", "CIFAR100", "planes"]
+    assert result["images"]["planes"] == 4 and result["dataset"] == "cifar10"
     assert result["config"]["sigma"] == 5.0 and result["config"]["check_every"] == 100
+
+
+# --- the user's own images ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_images(tmp_path, monkeypatch) -> list[str]:
+    """The options of a task of two classes; the working directory is a CSI+CMG beside which everything is written."""
+    for split, count in (("train", 9), ("test", 4)):
+        for name in ("crow", "duck"):
+            tiny_data.write_folder(tmp_path / "birds" / split, name, count, size=40)
+    tiny_data.write_folder(tmp_path, "insects", 5)
+    (tmp_path / "CSI+CMG").mkdir()
+    monkeypatch.chdir(tmp_path / "CSI+CMG")
+    return ["--task", "custom", "--ind-dir", "../birds", "--ood-dir", "../insects", "--device", "cpu"]
+
+
+def test_own_images_through_the_whole_chain(own_images, tmp_path, capsys):
+    small = ["--epochs", 2, "--batch_size", 9, "--precision", "fp32"]
+    assert run("train", *own_images, *small, "--mode", "sup_simclr_CSI", "--width", 2, "--warmup", 1) == 0
+    assert run("train", *own_images, *small, "--mode", "sup_CSI_linear") == 0
+    assert run("eval", *own_images) == 0
+    assert run("main", *own_images) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "it should hold the CVAE. Make it with, in the root: " in error
+    advice = shlex.split(error.split("in the root: ")[1])[3:]  # in the root, where ../birds is another folder
+    assert run_command(root_train.main, root_train.get_parser(), [*advice, "--epochs", "1", "--device", "cpu"]) == 0
+    assert run("main", *own_images, "--epochs", 1) == 0
+
+    name = "custom_birds_3x32"
+    files = [f"{name}_all_cvae.pkl", f"csi_{name}.pkl", f"csi_{name}_representation.pkl"]
+    assert sorted(path.name for path in (tmp_path / "ckpt").iterdir()) == sorted(files)
+    assert len(load_checkpoint(tmp_path / "ckpt" / f"csi_{name}.pkl")["linear.bias"]) == 2
+    results = {file: json.loads((tmp_path / "results" / file).read_text()) for file in os.listdir(tmp_path / "results")}
+    assert set(results) == {f"csi_{name}_eval.json", f"csi_cmg_{name}_seed123_epochs-1.json"}
+    for result in results.values():
+        assert result["dataset"] == name and (result["images"]["IND test"], result["images"]["insects"]) == (8, 5)
+        assert {row["ood_dataset"] for row in result["detection"]} == {"insects"}
+
+
+def test_own_images_need_an_ood_folder_for_detection_only(own_images, tmp_path, capsys):
+    options = [*own_images[:4], "--device", "cpu"]
+    for name in ("eval", "main"):
+        assert run(name, *options) == 2
+        error = capsys.readouterr().err
+        assert "custom_birds_3x32 has no OOD images; name a folder of them with --ood-dir DIR" in error
+    assert run("eval", *options, "--mode", "test_acc") == 2
+    error = capsys.readouterr().err
+    assert "../ckpt/csi_custom_birds_3x32.pkl: no such file" in error and error.count("\n") == 1
+    advice = shlex.split(error.split("in CSI+CMG: ")[1])[3:]
+    args = command("train").get_parser().parse_args(advice)
+    assert (args.mode, args.dataset, args.ind_dir) == ("sup_CSI_linear", "custom", tmp_path / "birds")
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "main"])
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--task", "custom"], "--task custom needs --ind-dir DIR"),
+        (["--task", "custom", "--ind-dir", "nowhere"], "nowhere/train: No such file or directory; expected a folder"),
+        (["--ind-dir", "../birds"], "--ind-dir goes with --task custom only; different_dataset has its own images"),
+        (["--ood-dir", "nowhere"], "--ood-dir nowhere: no such folder; expected a folder of images"),
+        (
+            ["--task", "custom", "--ind-dir", "../birds", "--image-size", "28"],
+            "CSI takes images of 3 channels and 32x32 pixels only; leave out --grey and --image-size",
+        ),
+        (
+            ["--task", "custom", "--ind-dir", "../birds", "--grey"],
+            "CSI takes images of 3 channels and 32x32 pixels only; leave out --grey and --image-size",
+        ),
+    ],
+)
+def test_arguments_that_do_not_go_with_csi(own_images, tmp_path, capsys, name, argv, message):
+    assert run(name, *argv, "--device", "cpu") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["CSI+CMG", "birds", "insects"]

@@ -6,8 +6,10 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 import tarfile
 import threading
@@ -358,6 +360,55 @@ def test_interrupted_download_leaves_only_a_part_and_goes_on(server, tiny, tmp_p
     assert verify("LSUN-FIX", data, "test")["count"] == COUNT
 
 
+def killed_in(work, *args: object) -> int:
+    """The signal that ended a process of its own that called `work(*args)`."""
+    pid = os.fork()
+    if not pid:
+        try:
+            work(*args)
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def kill_self(*args: object, **options: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("moment", ["unpack", "inner_folder", "verify", "write_record"])
+def test_a_kill_after_the_transfer_costs_no_second_one(server, tiny, tmp_path, moment):
+    data = tmp_path / "data"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(obtain, moment, kill_self)
+        assert killed_in(obtain.obtain, "LSUN-FIX", data) == -signal.SIGKILL
+    assert (data / "LSUN_fix.part").read_bytes() == server.archive
+    in_place = moment == "write_record"
+    assert is_present("LSUN-FIX", data, "test") == in_place
+    assert obtain.obtain("LSUN-FIX", data) != in_place
+    held = f"bytes={len(server.archive)}-"  # to which the server answers that there is no more
+    assert [asked for _, asked in server.asked] == [None] + [held] * (not in_place)
+    assert not (data / "LSUN_fix.part").exists() and verify("LSUN-FIX", data, "test")["count"] == COUNT
+
+
+def test_a_complete_part_of_known_checksum_needs_no_server(server, tiny, tmp_path, monkeypatch):
+    md5 = hashlib.md5(server.archive, usedforsecurity=False).hexdigest()
+    monkeypatch.setitem(SOURCES, "LSUN-FIX", replace(tiny, downloads=(replace(tiny.downloads[0], md5=md5),)))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "LSUN_fix.part").write_bytes(server.archive)
+    assert obtain.obtain("LSUN-FIX", tmp_path / "data") and server.asked == []
+
+
+def test_a_refused_import_keeps_what_a_transfer_brought(server, tiny, tmp_path):
+    data = tmp_path / "data"
+    server.routes["/LSUN_fix.tar.gz"].cuts = [100] * 3
+    with pytest.raises(UserError, match="broke off"):
+        obtain.obtain("LSUN-FIX", data)
+    (tmp_path / "bad.tar.gz").write_bytes(b"no archive")
+    with pytest.raises(UserError, match=r"bad\.tar\.gz: is no tar or zip archive"):
+        obtain.obtain("LSUN-FIX", data, given=tmp_path / "bad.tar.gz")
+    assert leftovers(data) == ["LSUN_fix.part"] and (data / "LSUN_fix.part").stat().st_size == 300
+
+
 def test_wrong_checksum_keeps_nothing(server, tiny, tmp_path, monkeypatch):
     data = tmp_path / "data"
     source = replace(tiny, downloads=(replace(tiny.downloads[0], md5="0" * 32),))
@@ -391,7 +442,7 @@ def test_what_came_is_verified_before_it_shows(server, tiny, tmp_path, spoil, me
 def test_malicious_archive_leaves_nothing(server, tiny, tmp_path):
     data = tmp_path / "data"
     server.routes["/LSUN_fix.tar.gz"].content = tar_of((member("LSUN_fix/../../../evil.png"), b"1"))
-    with pytest.raises(UserError, match=r"LSUN-FIX: LSUN_fix\.part: the entry .* leads out of its folder"):
+    with pytest.raises(UserError, match=r"data/LSUN_fix\.part: the entry .* leads out of its folder"):
         obtain.obtain("LSUN-FIX", data)
     assert leftovers(data) == []
 
@@ -451,7 +502,9 @@ def test_one_failure_of_several_does_not_stop_the_others(server, tiny, tmp_path,
     assert "LSUN-FIX: complete" in streams.out
 
 
-def test_plain_files_are_fetched_by_split(server, tmp_path, monkeypatch):
+@pytest.fixture
+def tiny_mnist(server, tmp_path, monkeypatch) -> None:
+    """MNIST with two images of each digit in each split, from the server."""
     write_mnist(tmp_path / "made", 2, compressed=True)
     downloads = []
     for known in SOURCES["mnist"].downloads:
@@ -461,12 +514,26 @@ def test_plain_files_are_fetched_by_split(server, tmp_path, monkeypatch):
         downloads.append(replace(known, addresses=(f"{server.address}/{name}",), md5=digest(file, "md5")))
     source = replace(SOURCES["mnist"], downloads=tuple(downloads), counts={"train": 20, "test": 20})
     monkeypatch.setitem(SOURCES, "mnist", source)
+
+
+def test_plain_files_are_fetched_by_split(server, tiny_mnist, tmp_path):
     images, labels = read_source("mnist", tmp_path / "data", "test")
     assert images.shape == (20, 1, 28, 28) and labels[:11].tolist() == [*range(10), 0]
     assert [path for path, _ in server.asked] == ["/t10k-images-idx3-ubyte.gz", "/t10k-labels-idx1-ubyte.gz"]
     read_source("mnist", tmp_path / "data", "train")
     record = json.loads((tmp_path / "data" / "mnist.json").read_text())
     assert len(record["files"]) == 4 and set(record["splits"]) == {"train", "test"}
+    assert not list((tmp_path / "data").rglob("*.part"))
+
+
+def test_a_file_that_came_is_kept_when_the_next_does_not(server, tiny_mnist, tmp_path):
+    labels = server.routes.pop("/t10k-labels-idx1-ubyte.gz")
+    with pytest.raises(UserError, match="t10k-labels-idx1-ubyte.gz answers 404"):
+        read_source("mnist", tmp_path / "data", "test")
+    assert leftovers(tmp_path / "data" / "MNIST" / "raw") == ["t10k-images-idx3-ubyte.gz.part"]
+    server.routes["/t10k-labels-idx1-ubyte.gz"] = labels
+    assert len(read_source("mnist", tmp_path / "data", "test")[0]) == 20
+    assert [path for path, _ in server.asked].count("/t10k-images-idx3-ubyte.gz") == 1
 
 
 # --- importing ----------------------------------------------------------------------------------

@@ -16,14 +16,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import train
 from datasets.datasetsHelper import Images
+from datasets.tasks import TASKS, default_checkpoint
 from tests import children
+from training.checkpoints import save_network
 from training.loop import LoopConfig, Recorder, RunState, fit, warmup_schedule
 from training.processes import Processes
 from training.stages import STAGES
+from training.train_classifier import ClassifierObjective
 from training.train_cvae import collapse_remark
 from utils import derive_seed, generator, load_checkpoint, run_command
 
@@ -303,6 +307,17 @@ def test_tensorboard_that_is_not_installed_is_named(tiny, capsys, monkeypatch):
     assert "pip install tensorboard" in capsys.readouterr().err
 
 
+def test_tensorboard_shows_the_figures_of_the_log(tiny):
+    tiny("--tensorboard", "board", "--log", "log.jsonl", epochs=3)
+    lines = [json.loads(line) for line in Path("log.jsonl").read_text().splitlines()]
+    events = EventAccumulator("board").Reload()
+    assert set(events.Tags()["scalars"]) == {"loss", "accuracy", "learning_rate", "images_per_second"}
+    for name in events.Tags()["scalars"]:
+        scalars = events.Scalars(name)
+        assert [scalar.step for scalar in scalars] == [1, 2, 3]
+        assert [scalar.value for scalar in scalars] == pytest.approx([line[name] for line in lines], rel=1e-6)
+
+
 def test_log_lines(tiny):
     tiny("--log", "deep/er/log.jsonl", epochs=2)
     lines = [json.loads(line) for line in Path("deep/er/log.jsonl").read_text().splitlines()]
@@ -314,6 +329,36 @@ def test_log_lines(tiny):
     assert lines[1]["loss"] < lines[0]["loss"] < 1.2 * math.log(11)
 
 
+# --- compiling ----------------------------------------------------------------------------------
+
+
+def test_a_compiled_network_ends_with_the_weights_of_one_that_is_not(monkeypatch):
+    compiled, compile_ = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or compile_(model))
+    data = Images(torch.randint(256, (20, 1, 4, 4), dtype=torch.uint8), torch.arange(20) % 3)
+    ends = []
+    for compile_model in (False, True):
+        torch.manual_seed(0)  # without a bias or a nonlinearity nothing is left for a C++ compiler, which takes long
+        model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8, bias=False), nn.Linear(8, 3, bias=False))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        objective = ClassifierObjective(augment=False)
+        history = fit(model, optimizer, data, objective, CONFIG, CPU, Recorder(name="test"), compile_model)
+        ends.append((model.state_dict(), [line["loss"] for line in history]))
+        assert compiled == [model] * compile_model
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-6)
+    assert ends[0][1][-1] < ends[0][1][0]
+
+
+def test_a_compiler_that_is_not_installed_is_named(tiny, capsys, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "cache")
+    assert tiny("--compile") == 2
+    error = capsys.readouterr().err
+    assert "train: error: --compile: the network cannot be compiled (InvalidCxxCompiler: " in error
+    assert "C++ compiler such as g++: install one, or leave out --compile\n" in error and "Traceback" not in error
+    assert not list(Path().glob("net.pkl*"))
+
+
 # --- real processes -----------------------------------------------------------------------------
 
 
@@ -322,6 +367,11 @@ def wait_for(condition, seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.005)
+
+
+def shows(output: Path, word: str) -> bool:
+    """Whether a process has printed the word."""
+    return output.exists() and word in output.read_text()
 
 
 def finish(processes: list, seconds: float = 120) -> list[int]:
@@ -373,6 +423,55 @@ def test_two_processes_stopped_by_sigterm_save_exit_143_and_resume(tmp_path):
     main_output, other_output = (Path(f"{output}.{rank}").read_text() for rank in range(2))
     assert "resuming at epoch" in main_output and main_output.count("wrote ") == 2
     assert set(other_output.splitlines()) <= {line for line in other_output.splitlines() if "stopped in epoch" in line}
+
+
+@pytest.mark.parametrize(
+    ("command", "signum"),
+    [("train", signal.SIGINT), ("train", signal.SIGUSR1), ("eval", signal.SIGTERM), ("figure.samples", signal.SIGTERM)],
+)
+def test_a_command_stopped_while_it_reads_ends_in_one_line(tmp_path, monkeypatch, command, signum):
+    monkeypatch.chdir(tmp_path)
+    if command != "train":
+        for name, stage in STAGES.items():
+            file = default_checkpoint("same_dataset_digits", "partition1", name)
+            save_network(file, stage.build(TASKS["same_dataset_digits"]), {})
+    before, output = sorted(tmp_path.rglob("*.*")), tmp_path / "output"
+    process = children.start(children.run_waiting_for_images, command, [], output=output)
+    wait_for(lambda: shows(output, "reading\n"))
+    os.kill(process.pid, signum)
+    assert finish([process], 10) == [128 + signum]
+    assert output.read_text() == f"reading\n{command}: stopped by {signum.name}\n"
+    assert sorted(tmp_path.rglob("*.*")) == before
+
+
+@pytest.mark.parametrize("moment", ["reading", "step", "nan"])
+def test_one_failing_process_of_two_ends_both(tmp_path, moment):
+    whole, parts, output = tmp_path / "whole", tmp_path / "parts", tmp_path / "output"
+    processes = children.start_two(children.train_with_one_failing, moment, options(parts, 3), output=output)
+    assert finish(processes, 20) == [2, 2]
+    main_output, other_output = (Path(f"{output}.{rank}").read_text() for rank in range(2))
+    if moment == "nan":  # the average is nan for both
+        main = other = (
+            "the loss is nan at step 15 (epoch 2): lower --lr, or use --precision fp32. "
+            f"The last good state is kept in {parts}.resume."
+        )
+    else:
+        main, other = "another of the 2 processes ended: its own message says why", "this process fails"
+    assert main_output.splitlines()[1:] == [f"train: error: {main}"]
+    assert other_output.splitlines() == [f"train: error: {other}"]
+    states = {path.name: load_checkpoint(path)["step"] for path in tmp_path.glob("parts*")}
+    assert states == ({} if moment == "reading" else {"parts.resume": STEPS})
+    for file in (parts, whole):
+        assert finish(children.start_two(children.train_tiny, options(file, 3), output=output)) == [0, 0]
+    assert_same_network(parts, whole)
+
+
+def test_a_process_that_waits_for_another_can_be_stopped(tmp_path):
+    processes = children.start_two(children.wait_for_the_other, output=tmp_path / "output")
+    wait_for(lambda: shows(tmp_path / "output.0", "joining\n"))
+    time.sleep(0.3)  # torch now waits where no handler of Python's would be called
+    os.kill(processes[0].pid, signal.SIGTERM)
+    assert finish(processes, 10) == [-signal.SIGTERM, 0]
 
 
 @pytest.mark.parametrize("count", [8, 13, 17], ids=["one batch", "unequal shares", "one image in the last batch"])

@@ -6,7 +6,9 @@ import argparse
 import json
 import os
 import pickle
+import signal
 import stat
+import time
 
 import pytest
 import torch
@@ -56,7 +58,6 @@ def test_what_is_no_number_is_named(kind, text, word):
         (None, 0, ""),
         (UserError("no"), 2, "name: error: no\n"),
         (Stopped("saved", 15), 143, "name: saved\n"),
-        (KeyboardInterrupt(), 130, "name: interrupted\n"),
     ],
 )
 def test_a_foreseen_failure_is_one_line_and_a_status(capsys, failure, status, line):
@@ -67,6 +68,21 @@ def test_a_foreseen_failure_is_one_line_and_a_status(capsys, failure, status, li
 
     assert run_command(main, argparse.ArgumentParser("name"), []) == status
     assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_one_line_and_its_status(capsys, signum):
+    def main(args):
+        try:
+            os.kill(os.getpid(), signum)
+            time.sleep(10)
+        except Exception:
+            pytest.fail("taken for a failure")
+
+    before = signal.getsignal(signum)
+    assert run_command(main, argparse.ArgumentParser("name"), []) == 128 + signum
+    assert capsys.readouterr().err == f"name: stopped by {signum.name}\n"
+    assert signal.getsignal(signum) == before
 
 
 def test_an_unforeseen_failure_is_not_hidden():

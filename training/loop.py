@@ -12,7 +12,8 @@ import math
 import signal
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -29,12 +30,12 @@ from utils import (
     autocast,
     derive_seed,
     generator,
+    handling,
     load_checkpoint,
     save_checkpoint,
     writing,
 )
 
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 STEPS_BETWEEN_STOP_CHECKS = 20  # with several processes, which have to agree
 
 
@@ -108,7 +109,7 @@ def fit(
 
     Raises:
         Stopped: a signal asked for it; the state is saved.
-        UserError: the loss is not finite, or the saved state belongs to another run.
+        UserError: the loss is not finite, the saved state belongs to another run, or the network cannot be compiled.
     """
     steps_per_epoch = -(-len(data) // config.batch_size)
     state = RunState(model, optimizer, config, recorder, processes, steps_per_epoch)
@@ -116,14 +117,14 @@ def fit(
     network = processes.wrap(torch.compile(model) if compile_model else model)
     progress = Progress(config.epochs * len(data), recorder.name, enabled=processes.is_main)
     progress.skip(min(state.step * config.batch_size, progress.total))
-    with SignalWatch() as stop:
+    with noting_signals() as received, naming_compiler() if compile_model else nullcontext():
         while state.epoch < config.epochs:
-            _run_epoch(network, optimizer, data, objective, config, processes, state, progress, stop, schedule)
+            _run_epoch(network, optimizer, data, objective, config, processes, state, progress, received, schedule)
     progress.close()
     return state.history
 
 
-def _run_epoch(network, optimizer, data, objective, config, processes, state, progress, stop, schedule) -> None:
+def _run_epoch(network, optimizer, data, objective, config, processes, state, progress, received, schedule) -> None:
     """Run from `state.step` to the end of its epoch and record the epoch's means."""
     device, epoch, count = processes.device, state.epoch, len(data)
     order = torch.randperm(count, generator=generator(config.seed, "order", epoch)).to(device)
@@ -131,7 +132,7 @@ def _run_epoch(network, optimizer, data, objective, config, processes, state, pr
     started, first = time.monotonic(), state.step_in_epoch
     network.train()
     for step in range(first, state.steps_per_epoch):
-        _check_stop(stop, step, processes, state)
+        _check_stop(received, step, processes, state)
         start, stop_row = step * config.batch_size, min((step + 1) * config.batch_size, count)
         rows, weight = processes.share(torch.arange(start, stop_row, device=device))
         batch = data.at(order[rows])
@@ -156,17 +157,17 @@ def _run_epoch(network, optimizer, data, objective, config, processes, state, pr
     state.end_epoch(count, (count - first * config.batch_size) / max(time.monotonic() - started, 1e-9))
 
 
-def _check_stop(stop: SignalWatch, step: int, processes: Processes, state: RunState) -> None:
+def _check_stop(received: list[int], step: int, processes: Processes, state: RunState) -> None:
     if processes.world > 1 and step % STEPS_BETWEEN_STOP_CHECKS:
         return
-    if processes.any(stop.received is not None):
+    if processes.any(bool(received)):
         state.save()
         where = (
             f"the state is saved in {state.recorder.resume}: the same command goes on from there"
             if state.recorder.resume
             else "nothing is saved"
         )
-        raise Stopped(f"stopped in epoch {state.epoch + 1}, {where}", stop.received or signal.SIGTERM)
+        raise Stopped(f"stopped in epoch {state.epoch + 1}, {where}", received[-1] if received else signal.SIGTERM)
 
 
 class RunState:
@@ -317,20 +318,27 @@ def warmup_schedule(config: LoopConfig, count: int) -> Callable[[float], float]:
     return lambda epochs: config.learning_rate * min(1.0, (epochs * steps_per_epoch + 1) / config.warmup_steps)
 
 
-class SignalWatch:
-    """Within the block, the stop signals are noted in `received` instead of ending the process."""
+@contextmanager
+def naming_compiler() -> Iterator[None]:
+    """Turn a failure of torch.compile within the block, which compiles when the network is first used, into a
+    `UserError`."""
+    from torch._dynamo.exc import TorchDynamoException
 
-    def __enter__(self) -> SignalWatch:
-        self.received: int | None = None
-        self.previous = {s: signal.signal(s, self._note) for s in STOP_SIGNALS}
-        return self
+    try:
+        yield
+    except TorchDynamoException as error:
+        raise UserError(
+            f"--compile: the network cannot be compiled ({str(error).splitlines()[0]}). On a CPU this takes a C++ "
+            "compiler such as g++: install one, or leave out --compile"
+        ) from None
 
-    def _note(self, signum: int, frame: object) -> None:
-        self.received = signum
 
-    def __exit__(self, *exception: object) -> None:
-        for signum, handler in self.previous.items():
-            signal.signal(signum, handler)
+@contextmanager
+def noting_signals() -> Iterator[list[int]]:
+    """Within the block the stop signals end nothing: the list that is given holds those that came."""
+    received: list[int] = []
+    with handling(lambda signum, frame: received.append(signum)):
+        yield received
 
 
 def fingerprint(data: Images) -> int:

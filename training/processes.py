@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+# Before there is a group: functions in there take it as a default argument. They would keep it, and gloo's threads,
+# from ending before the interpreter does, which may then abort.
+import torch.distributed.nn  # noqa: F401
 from torch import nn
 
-from utils import UserError, pick_device
+from utils import UserError, handling, pick_device
 
 
 @dataclass(frozen=True)
@@ -29,10 +36,11 @@ class Processes:
         """The model whose backward pass averages gradients over the processes; batch norm synchronised on CUDA."""
         if self.world == 1:
             return model
-        if self.device.type == "cuda":
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
-            return nn.parallel.DistributedDataParallel(model, device_ids=[self.device.index])
-        return nn.parallel.DistributedDataParallel(model)
+        with waiting_for_others():
+            return nn.parallel.DistributedDataParallel(model, device_ids=[self.device.index] if on_gpu else None)
 
     def share(self, batch: torch.Tensor) -> tuple[torch.Tensor, float]:
         """This process's rows of a global batch, and the weight that makes the average over processes of the
@@ -61,18 +69,32 @@ class Processes:
             dist.barrier()
 
 
-def join_processes(device_name: str | None) -> Processes:
-    """Join the group that torchrun started, or be alone. Each process takes the GPU of its local rank, or the CPU.
+@contextmanager
+def joined_processes(device_name: str | None) -> Iterator[Processes]:
+    """Within the block, be one of the group that torchrun started, or alone.
 
     Raises:
-        UserError: the device is not there, or there are more processes than GPUs.
+        UserError: the device is not there, there are more processes than GPUs, or another process of the group ended.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        return Processes(pick_device(device_name))
-    local_rank = int(os.environ["LOCAL_RANK"])
+    try:
+        yield _join(device_name, world)
+    except RuntimeError as error:
+        if world > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise UserError(f"another of the {world} processes ended: its own message says why") from None
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _join(device_name: str | None, world: int) -> Processes:
+    """Each process takes the GPU of its local rank, or the CPU."""
     device = pick_device(device_name)
+    if world == 1:
+        return Processes(device)
     if device.type == "cuda":
+        local_rank = int(os.environ["LOCAL_RANK"])
         if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"torchrun started more processes than this machine has GPUs ({torch.cuda.device_count()}): "
@@ -80,11 +102,11 @@ def join_processes(device_name: str | None) -> Processes:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    with waiting_for_others():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Processes(device, dist.get_rank(), world)
 
 
-def leave_processes() -> None:
-    """Leave the group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def waiting_for_others():
+    """Within the block a stop signal ends the process at once: torch waits where no handler of Python's is called."""
+    return handling(signal.SIG_DFL)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from csi.augmentation import ROTATIONS
-from csi.options import DATASETS, remedy
+from csi.options import CSIData, remedy
 from models.layers import ResNet18
 from training.checkpoints import fill_network, read_state
 
@@ -89,13 +89,13 @@ def load_csi(path: Path, classes: int, expected: dict, remedy: str) -> tuple[CSI
     return model, fill_network(path, state, model, "a CSI network", expected, remedy)
 
 
-def load_finished(path: Path, dataset: str, device: torch.device) -> tuple[CSINet, dict]:
+def load_finished(path: Path, data: CSIData, device: torch.device) -> tuple[CSINet, dict]:
     """A network whose linear layers are trained, frozen and in eval mode on `device`, and how it was made.
 
     Raises:
         UserError: as `load_csi`; or it was made by the first training mode only, or for another data set.
     """
     mode = "sup_CSI_linear"
-    expected = {"dataset": dataset, "command": mode}
-    model, origin = load_csi(path, DATASETS[dataset].classes, expected, remedy(dataset, mode))
+    expected = {"dataset": data.name, "command": mode}
+    model, origin = load_csi(path, data.classes, expected, remedy(data, mode))
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), origin

@@ -3,36 +3,46 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets.tasks import TASKS, Task
-from utils import add_machine_arguments
+from datasets.tasks import CUSTOM, Task, add_data_arguments, task_from_arguments
+from utils import UserError, add_machine_arguments
 
 ROOT = Path("..")  # the commands run in this folder and share data, checkpoints and results with the rest
 
 
+# What --dataset may be -> task of the root's registry, and partition.
+DATASETS = {
+    "cifar10": ("different_dataset", "all"),
+    "digits": ("same_dataset_digits_rgb", "partition1"),
+    CUSTOM: (CUSTOM, None),
+}
+
+
 @dataclass(frozen=True)
 class CSIData:
-    """A choice of --dataset: the task of the root's registry whose images, and whose CVAE, are taken."""
+    """The images of a run: those of a task of the root, whose CVAE is taken as well.
 
+    Attributes:
+        name: in checkpoints and in names of files.
+    """
+
+    name: str
     task_name: str
+    task: Task
     partition: str
-
-    @property
-    def task(self) -> Task:
-        return TASKS[self.task_name]
 
     @property
     def classes(self) -> int:
         """IND classes."""
         return len(self.task.partitions[self.partition])
 
-
-DATASETS = {
-    "cifar10": CSIData("different_dataset", "all"),
-    "digits": CSIData("same_dataset_digits_rgb", "partition1"),
-}
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Of the command line, by which it is chosen."""
+        return self.task.options or ("--dataset", self.name)
 
 
 @dataclass(frozen=True)
@@ -54,16 +64,34 @@ TRAINING_MODES = {
 def add_csi_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that every CSI command shares."""
     parser.add_argument(
-        "--dataset", choices=list(DATASETS), default="cifar10", help="images and classes (default: %(default)s)"
+        "--dataset", "--task", choices=list(DATASETS), default="cifar10", help="images and classes (default: cifar10)"
     )
     add_machine_arguments(parser, data_dir=ROOT / "datasets")
+    add_data_arguments(parser)
 
 
-def default_checkpoint(dataset: str, mode: str) -> Path:
+def data_from_arguments(args: argparse.Namespace) -> CSIData:
+    """The images that the parsed arguments ask for.
+
+    Raises:
+        UserError: as `datasets.tasks.task_from_arguments`, or the images have another shape than CSI's.
+    """
+    task_name, partition = DATASETS[args.dataset]
+    ind_dir = (
+        args.ind_dir and args.ind_dir.resolve()
+    )  # so that it means the same in the root, where the CVAE is trained
+    asked = vars(args) | {"task": task_name, "partition": partition, "ind_dir": ind_dir}
+    task_name, task, partition = task_from_arguments(argparse.Namespace(**asked))
+    if (task.image_channels, task.image_size) != (3, 32):
+        raise UserError("CSI takes images of 3 channels and 32x32 pixels only; leave out --grey and --image-size")
+    return CSIData(task_name if args.dataset == CUSTOM else args.dataset, task_name, task, partition)
+
+
+def default_checkpoint(data: CSIData, mode: str) -> Path:
     """Where a training mode writes when it isn't told: ../ckpt/csi_DATASET….pkl."""
-    return ROOT / "ckpt" / f"csi_{dataset}{TRAINING_MODES[mode].suffix}.pkl"
+    return ROOT / "ckpt" / f"csi_{data.name}{TRAINING_MODES[mode].suffix}.pkl"
 
 
-def remedy(dataset: str, mode: str) -> str:
+def remedy(data: CSIData, mode: str) -> str:
     """How to make the checkpoint of a training mode."""
-    return f"Make it with, in CSI+CMG: python -m train --mode {mode} --dataset {dataset}"
+    return f"Make it with, in CSI+CMG: {shlex.join(['python', '-m', 'train', '--mode', mode, *data.options])}"
