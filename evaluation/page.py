@@ -118,8 +118,8 @@ def anchor(text: str) -> str:
 
 
 def is_number(cell: str) -> bool:
-    """Whether a cell is a number, as "97.12", "80.61 ± 0.93", "1,208.8 s", "4.6 %", or stands for none: "" or "-"."""
-    return cell in ("", "-") or cell.lstrip("+-−±≈<> ")[:1].isdigit()
+    """Whether a cell is a number, as "97.12", "80.61 ± 0.93", "1,208.8 s", "4.6 %", or stands for none: "", "-", "–"."""
+    return cell in ("", "-", "–") or cell.lstrip("+-−±≈<> ")[:1].isdigit()
 
 
 def media_type(content: bytes) -> str:
@@ -152,6 +152,7 @@ pre { margin: 0 0 1rem; padding: 0.75rem 1rem; white-space: pre-wrap; overflow-w
   border-radius: 6px; background: var(--panel); font-size: 0.85rem; line-height: 1.5; }
 code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 .scroll { max-height: 85vh; overflow: auto; }
+.scroll + p { margin-top: 0.8rem; }
 table { border-collapse: collapse; font-size: 0.92rem; font-variant-numeric: tabular-nums; }
 caption, figcaption { color: var(--soft); font-size: 0.9rem; line-height: 1.45; text-align: left; }
 caption { padding-bottom: 0.5rem; }

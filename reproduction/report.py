@@ -22,7 +22,7 @@ DIFFERENCES = (
     "AUROC of CMG after the last step minus that of the best of the untouched classifier's detectors, which is chosen "
     "by its mean on these test images. The interval is a paired bootstrap over the images, the networks as they are."
 )
-ABLATIONS = "First partition and training seed; mean ± standard deviation over seeds of stage 2. {command}"
+ABLATIONS = "First partition and training seed; mean ± standard deviation over seeds of stage 2."
 
 
 def write_report(folder: Path, about: dict, results: Sequence[Result], samples: Path, ablations: Path) -> str:
@@ -50,7 +50,7 @@ def write_report(folder: Path, about: dict, results: Sequence[Result], samples: 
         "Classification": (tables.ind_cells(ind), ""),
     }
     if changes:
-        parts["Ablations"] = (ablation_cells(changes), ABLATIONS.format(command=changes["command"]))
+        parts["Ablations"] = (ablation_cells(changes), ABLATIONS)
     text = [f"# CMG: {about['task']}", f"```sh\n{about['command']}\n```"]
     text += [f"## {name}\n\n{tables.markdown(*cells)}\n\n{note}".rstrip() for name, (cells, note) in parts.items()]
     text.append("\n".join(f"* {name}: {value}" for name, value in facts(about).items()))
