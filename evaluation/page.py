@@ -118,7 +118,7 @@ def anchor(text: str) -> str:
 
 
 def is_number(cell: str) -> bool:
-    """Whether a cell is a number, as "97.12", "80.61 ± 0.93", "1,208.8 s", "4.6 %", or stands for none: "" or a dash."""
+    """Whether a cell is a number, as "97.12", "80.61 ± 0.93", "1,208.8 s", or stands for none: "" or a dash."""
     return cell in ("", "-", "–") or cell.lstrip("+-−±≈<> ")[:1].isdigit()
 
 
