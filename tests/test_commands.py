@@ -308,7 +308,7 @@ def test_defaults_are_the_embedded_task_and_the_paper(workplace):
         assert (args.task, args.partition, args.device) == ("same_dataset_digits", None, None)
         assert (args.data_dir, args.precision) == (Path("datasets"), "auto")
     assert (train_args.command, train_args.seed, train_args.lr) == ("train_classifier", 123, 1e-3)
-    assert (train_args.val_fraction, train_args.save_every, train_args.restart) == (0.0, 1, False)
+    assert (train_args.val_fraction, train_args.save_every, train_args.restart) == (0.0, None, False)
     assert (eval_args.mode, eval_args.ood_dataset, eval_args.seeds) == (["all"], ["all"], [123])
     assert (eval_args.batch_size, eval_args.lr, eval_args.margins) == (None, None, [0.2, 0.8])
     assert (eval_args.anchor, eval_args.pseudo_pool, eval_args.tune) == (0.0, 0, "head")

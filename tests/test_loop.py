@@ -131,9 +131,8 @@ def tiny(monkeypatch, tmp_path):
             return Interrupted()
 
         monkeypatch.setitem(STAGES, "train_classifier", replace(stage, build=children.build_tiny, objective=objective))
-        options = ["--device", "cpu", "--precision", "fp32", "--epochs", str(epochs), "--params-dict-name", file]
         try:
-            return run_command(train.main, train.get_parser(), [*options, *argv])
+            return run_command(train.main, train.get_parser(), [*options(Path(file), epochs), *argv])
         finally:
             monkeypatch.setitem(STAGES, "train_classifier", stage)
 
@@ -384,7 +383,9 @@ def finish(processes: list, seconds: float = 120) -> list[int]:
 
 
 def options(file: Path, epochs: int) -> list[str]:
-    return ["--device", "cpu", "--precision", "fp32", "--epochs", str(epochs), "--params-dict-name", str(file)]
+    """Of `train`, with a state after every epoch."""
+    run = ["--epochs", str(epochs), "--save-every", "1", "--params-dict-name", str(file)]
+    return ["--device", "cpu", "--precision", "fp32", *run]
 
 
 def test_a_run_killed_at_random_moments_ends_in_the_same_network(tmp_path):

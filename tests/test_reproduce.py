@@ -132,7 +132,7 @@ LONGER = [
     "--device",
     "cpu",
     "--classifier-args",
-    "--epochs 6",
+    "--epochs 6 --save-every 1",
     "--cvae-args",
     "--epochs 2",
     "--eval-args",

@@ -12,11 +12,15 @@ from pathlib import Path
 
 from utils import UserError, check_writable, load_checkpoint, positive_int
 
+IMAGES_PER_STATE = 5000  # at least, by default: writing the state would take longer than the epochs of a small data set
+
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that change no result: what is kept, shown and compiled."""
     parser.add_argument(
-        "--save-every", type=positive_int, default=1, help="epochs between resumable states (default: %(default)s)"
+        "--save-every",
+        type=positive_int,
+        help=f"epochs between resumable states (default: 1, or as many as {IMAGES_PER_STATE:,} images take)",
     )
     parser.add_argument("--restart", action="store_true", help="start over, ignoring what an earlier run left")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network")
@@ -104,7 +108,7 @@ def train_to_checkpoint(
     recorder = Recorder(
         name=what["command"],
         resume=resume,
-        save_every=args.save_every,
+        save_every=args.save_every or -(-IMAGES_PER_STATE // len(data)),
         identity=what,
         log=args.log,
         watch=tensorboard_writer(args.tensorboard if processes.is_main else None),
