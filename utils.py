@@ -200,11 +200,15 @@ def generator(seed: int, *stream: object):
 def pick_device(name: str | None):
     """The device asked for, or the first CUDA GPU, else the CPU.
 
+    From here on denormal numbers count as zero: the moments of Adam fall among them where a unit is dead, and a
+    processor takes many times as long for each.
+
     Raises:
         UserError: the name is no device, or the device is not there.
     """
     import torch
 
+    torch.set_flush_denormal(True)
     if name is None:
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:

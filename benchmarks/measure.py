@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import torch
 
+from utils import keep_freed_memory
+
 
 def synchronise(device: torch.device) -> None:
     """Wait until the device has done all that was asked of it."""
@@ -25,6 +27,19 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     work()
     synchronise(device)
     return time.perf_counter() - start
+
+
+def plainly(work: Callable[[], object]) -> Callable[[], object]:
+    """`work` of a plain implementation: with the memory it frees given back, as the C library does unasked."""
+
+    def run() -> object:
+        keep_freed_memory(False)
+        try:
+            return work()
+        finally:
+            keep_freed_memory()
+
+    return run
 
 
 def in_turn(works: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:

@@ -10,7 +10,6 @@ The images are PNG files of noise, which compress worst. The last line is a JSON
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -36,7 +35,7 @@ def get_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     import torch
 
-    from benchmarks.measure import peak_mib, print_json, seconds
+    from benchmarks.measure import in_turn, peak_mib, print_json
     from datasets.datasetsHelper import to_float
     from evaluation.predictions import predict_files, write_csv
     from models.inference import CHUNK, in_chunks
@@ -61,13 +60,8 @@ def main(args: argparse.Namespace) -> None:
         def run_floor():
             in_chunks(lambda part: detector(part)[0], resident, precision)
 
-        times = {"predict": [], "floor": []}
-        for round_number in range(rounds + 1):
-            for who, work in (("predict", run_predict), ("floor", run_floor)):
-                taken = seconds(work, device)
-                if round_number:  # the first is a warm-up
-                    times[who].append(taken)
-    rate = {who: count / statistics.median(taken) for who, taken in times.items()}
+        times = in_turn({"predict": run_predict, "floor": run_floor}, rounds, device)
+    rate = {who: count / taken for who, taken in times.items()}
     share = rate["predict"] / rate["floor"]
     print(f"{args.task} on {device} in {precision}, {torch.get_num_threads()} threads: {count:,} images, ", end="")
     print(f"predict {rate['predict']:,.0f} images/s, floor {rate['floor']:,.0f}, share {share:.2f}")

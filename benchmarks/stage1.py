@@ -54,14 +54,15 @@ def measure(name: str, args: argparse.Namespace) -> dict:
     """Time our loop, the plain one and the floor in turn; the median of the rounds counts."""
     import torch
 
-    from benchmarks.measure import in_turn, matmul_tflops, peak_mib
+    from benchmarks.measure import in_turn, matmul_tflops, peak_mib, plainly
     from datasets.datasetsHelper import Images
     from datasets.tasks import TASKS
     from training.loop import LoopConfig, Recorder, fit
     from training.processes import Processes
     from training.stages import STAGES
-    from utils import pick_device, pick_precision
+    from utils import keep_freed_memory, pick_device, pick_precision
 
+    keep_freed_memory()
     task_name, command = NETWORKS[name]
     task, stage, device = TASKS[task_name], STAGES[command], pick_device(args.device)
     precision = pick_precision(args.precision, device)
@@ -91,7 +92,7 @@ def measure(name: str, args: argparse.Namespace) -> dict:
         network(), data, objective, batch_size, device, task.augment and command == "train_classifier"
     )
     run_floor = floor_loop(ours, ours_optimizer, data, objective, batch_size, steps, device, precision)
-    times = in_turn({"ours": run_ours, "floor": run_floor, "plain": run_plain}, rounds, device)
+    times = in_turn({"ours": run_ours, "floor": run_floor, "plain": plainly(run_plain)}, rounds, device)
     rate = {who: count / taken for who, taken in times.items()}
     tflops = rate["ours"] * operations_per_image(ours, data, objective, device) / 1e12
     return {

@@ -3,10 +3,11 @@
     python -m benchmarks.stage2 [--quick] [--device cuda]
 
 plain: every step encodes its IND and pseudo-OOD batch again, every check encodes the whole test set again, and
-every mode, seed and OOD set is a run of its own. Sizes are MNIST's (Setting 1) and CIFAR-10's (Setting 2), divided
-by --scale; batches keep their 128 images and checks are made as often, per image trained on, as at full size where
-that is possible ("checks" and "checks_at_full_size" say how many there are). The networks are the tasks' own,
-untrained; the images are random. The last line is a JSON object.
+every mode, seed and OOD set is a run of its own; of runs of the same size one is timed. Sizes are MNIST's (Setting 1)
+and CIFAR-10's (Setting 2), divided by --scale; batches keep their 128 images and checks are made as often, per image
+trained on, as at full size where that is possible ("checks" and "checks_at_full_size" say how many there are). The
+networks are the tasks' own, untrained; the images are noise of different brightness. "arithmetic_share" is the share
+of the engine's time that the networks alone would take for as many images. The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="a tenth of the sizes: under a minute, rough figures")
     parser.add_argument("--device", help="(default: the first CUDA GPU, else the CPU)")
     parser.add_argument("--scale", type=positive_int, help="divide the images by this (default: 20; 300 with --quick)")
-    parser.add_argument("--setting2-scale", type=positive_int, help="likewise (default: 300; 3000 with --quick)")
+    parser.add_argument("--setting2-scale", type=positive_int, help="likewise (default: 100; 3000 with --quick)")
     return parser
 
 
@@ -52,20 +53,30 @@ def main(args: argparse.Namespace) -> None:
     work = Work("same_dataset_mnist", sizes, 20, args.scale or (300 if args.quick else 20), device)
     single_plain, plain_curve, plain_images = work.plain(*single)
     single_engine, engine_curve, engine_images = work.engine(*single, "fp32")
-    single_auto, auto_curve, _ = work.engine(*single, pick_precision("auto", device))
+    auto = pick_precision("auto", device)
+    single_auto, auto_curve, _ = work.engine(*single, auto)
     batched_engine, _, batched_images = work.engine(modes, seeds, "fp32")
+    batched_auto, _, _ = work.engine(modes, seeds, auto)
+    arithmetic = work.arithmetic(len(seeds), auto)
     batched_plain = single_plain * len(modes) * len(seeds)  # independent runs of the same size
+    checks = len(plain_curve)
     print(
         f"one mode and seed: plain {single_plain:.1f} s, engine {single_engine:.1f} s, "
         f"in auto precision {single_auto:.1f} s"
     )
-    print(f"2 modes, 5 seeds: plain {batched_plain:.1f} s (10 times the above), engine {batched_engine:.1f} s")
+    print(
+        f"2 modes, 5 seeds: plain {batched_plain:.1f} s (10 times the above), engine {batched_engine:.1f} s, "
+        f"in auto precision {batched_auto:.1f} s, of which the networks take {arithmetic:.1f} s"
+    )
 
     sizes = {"train": 50000, "test": 10000, "ood": OOD_SIZES}
-    work = Work("different_dataset", sizes, 100, args.setting2_scale or (3000 if args.quick else 300), device)
-    setting2_plain, _, setting2_plain_images = work.plain(*single)
+    work = Work("different_dataset", sizes, 100, args.setting2_scale or (3000 if args.quick else 100), device)
+    setting2_plain, setting2_plain_images = 0.0, 0
+    for name, count in (("SVHN", 1), ("LSUN", 5)):  # the others are of LSUN's size
+        taken, setting2_curve, pushed = work.plain(*single, [name])
+        setting2_plain += taken * count * len(modes) * len(seeds)
+        setting2_plain_images += pushed * count * len(modes) * len(seeds)
     setting2_engine, _, setting2_images = work.engine(modes, seeds, "fp32")
-    setting2_plain *= len(modes) * len(seeds)
     print(f"Setting 2: plain {setting2_plain:.1f} s (10 times 6 runs), engine {setting2_engine:.1f} s")
     print_json(
         {
@@ -75,12 +86,15 @@ def main(args: argparse.Namespace) -> None:
             "ratio_auto_precision": round(single_engine / single_auto, 2),
             "auroc_difference": max(abs(a - b) for a, b in zip(plain_curve, engine_curve, strict=True)),
             "auroc_difference_auto_precision": max(abs(a - b) for a, b in zip(plain_curve, auto_curve, strict=True)),
-            "checks": len(plain_curve),
+            "arithmetic_share": round(arithmetic / batched_auto, 3),
+            "checks": checks,
             "checks_at_full_size": 213,
+            "setting2_checks": len(setting2_curve),
+            "setting2_checks_at_full_size": 60,
             "images_plain": plain_images,
             "images_engine": engine_images,
             "images_ratio_batched": round(plain_images * len(modes) * len(seeds) / batched_images, 2),
-            "images_ratio_setting2": round(setting2_plain_images * len(modes) * len(seeds) / setting2_images, 2),
+            "images_ratio_setting2": round(setting2_plain_images / setting2_images, 2),
             "peak_mib": peak_mib(device),
         }
     )
@@ -105,12 +119,16 @@ class Work:
 
         def images(count: int) -> Images:
             shape = (max(1, count // scale), task.image_channels, task.image_size, task.image_size)
-            pixels = torch.randint(256, shape, generator=random).to(torch.uint8)
+            brightness = torch.rand(shape[0], 1, 1, 1, generator=random)
+            pixels = (torch.randint(256, shape, generator=random) * brightness).to(torch.uint8)
             return Images(pixels, torch.randint(num_ind, shape[:1], generator=random)).to(device)
 
+        commands = ("train_classifier", "train_cvae")
+        self.plain_networks = [
+            STAGES[command].build(task).to(device).eval().requires_grad_(False) for command in commands
+        ]
         self.networks = [
-            STAGES[command].build(task).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-            for command in ("train_classifier", "train_cvae")
+            copy.deepcopy(network).to(memory_format=torch.channels_last) for network in self.plain_networks
         ]
         ood = {name: images(count).images for name, count in sizes["ood"].items()}
         self.data = Stage2Data(images(sizes["train"]), images(0).at(torch.arange(0)), images(sizes["test"]), ood)
@@ -125,9 +143,9 @@ class Work:
         )
         self.device = device
 
-    def counted(self, extractor_images: list[int]):
+    @staticmethod
+    def counted(classifier, extractor_images: list[int]):
         """The classifier's features, counting the images that go through."""
-        classifier = self.networks[0]
 
         def features(images):
             extractor_images[0] += len(images)
@@ -144,7 +162,7 @@ class Work:
         config, pushed, runs = replace(self.config, precision=precision), [0], []
 
         def work():
-            features = self.counted(pushed)
+            features = self.counted(classifier, pushed)
             bank = self.data.encode(features, precision)
             pseudo = PseudoOOD(cvae, features, config.num_ind, config.sigma, precision, self.device)
             runs.extend(fine_tune(classifier.classifier, bank, pseudo, config, modes, seeds, show_progress=False))
@@ -153,37 +171,67 @@ class Work:
         first = next(iter(self.data.ood))
         return taken, [check.auroc[first] for check in runs[0].curve], pushed[0]
 
-    def plain(self, modes: list[str], seeds: list[int]) -> tuple[float, list[float], int]:
-        """Likewise, one run for each mode, seed and OOD set after the other."""
-        from benchmarks.measure import seconds
+    def arithmetic(self, seeds: int, precision: str) -> float:
+        """Seconds of the networks alone for as many images as `engine` makes and encodes, from those of a chunk."""
+        import torch
+
+        from benchmarks.measure import in_turn
+        from datasets.datasetsHelper import to_float
+        from models.inference import CHUNK
+        from models.vae import decode_pseudo_ood, draw_codes
+        from utils import autocast
+
+        classifier, cvae = self.networks
+        chunk, random = CHUNK[self.device.type], torch.Generator().manual_seed(0)
+        codes = draw_codes(chunk, self.config.num_ind, cvae.z_dim, random).to(self.device)
+        images = to_float(self.data.train.images[torch.arange(chunk) % len(self.data.train)])
+
+        def real():
+            with torch.no_grad(), autocast(self.device, precision):
+                classifier.features(images)
+
+        def pseudo():
+            with torch.no_grad(), autocast(self.device, precision):
+                classifier.features(decode_pseudo_ood(cvae, codes, self.config.sigma).float())
+
+        taken = in_turn({"real": real, "pseudo": pseudo}, 5, self.device)
+        made = seeds * (self.config.epochs + 1) * len(self.data.train)  # once more for the margins
+        return (taken["real"] * sum(self.data.counts().values()) + taken["pseudo"] * made) / chunk
+
+    def plain(self, modes: list[str], seeds: list[int], ood: list[str] | None = None) -> tuple[float, list[float], int]:
+        """Likewise, one run for each mode, seed and OOD set (`ood`, or all) after the other."""
+        from benchmarks.measure import plainly, seconds
 
         pushed, curves = [0], []
+        features = self.counted(self.plain_networks[0], pushed)
 
         def work():
             for mode in modes:
                 for seed in seeds:
-                    for name in self.data.ood:
-                        curves.append(self.plain_run(mode, seed, name, self.counted(pushed)))
+                    for name in ood or self.data.ood:
+                        curves.append(self.plain_run(mode, seed, name, features))
 
-        return seconds(work, self.device), curves[0], pushed[0]
+        return seconds(plainly(work), self.device), curves[0], pushed[0]
 
     def plain_run(self, mode: str, seed: int, ood_name: str, features) -> list[float]:
         """The public protocol for one mode, seed and OOD set, written plainly; its draws are the engine's."""
         import torch
         from torch.nn import functional as F
 
-        from datasets.datasetsHelper import to_float
         from evaluation.metrics import auroc
         from evaluation.scores import SCORES
         from models.vae import decode_pseudo_ood, draw_codes
         from training.fine_tune import MODES
         from utils import generator
 
-        classifier, cvae = self.networks
+        classifier, cvae = self.plain_networks
         config, data = self.config, self.data
         head = copy.deepcopy(classifier.classifier).requires_grad_(True)
         optimizer = torch.optim.Adam(head.parameters(), config.learning_rate)
         count, size, num_ind = len(data.train), config.batch_size, config.num_ind
+
+        def to_float(images):
+            return images.float() / 255
 
         def score(images):
             parts = [head(features(to_float(part))) for part in images.split(size)]

@@ -39,6 +39,13 @@ def main(args: argparse.Namespace) -> None:
             partition, seed = min(runs & seen)
             raise UserError(f"{path}: {partition} with seed {seed} is in a file before it: name each result once")
         seen |= runs
+        for key in ("method", "ood_dataset"):
+            names, expected = (sorted({row[key] for row in one["detection"]}) for one in (result, first))
+            if names != expected:
+                odd = min(set(names) ^ set(expected))
+                raise UserError(
+                    f"{odd} is in one of {path} and {args.results[0]} only: make both with the same options"
+                )
     print(f"Mean ± standard deviation over {len(results)} results of {first['task']}, each the mean of its seeds\n")
     print(format_table([row for result in results for row in mean_over_seeds(result["detection"])]))
     print(f"\n{format_ind_table([row for result in results for row in mean_over_seeds(result['ind'])])}")

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch  # noqa: E402
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 DATA, TRAINED, FROZEN, RESULT = "#f2f2f2", "#fdd9a0", "#cfe3f5", "#d5ecd4"  # told apart without colour by their labels
 INK = "#222222"
@@ -31,9 +28,10 @@ def arrow(axes, start: tuple[float, float], end: tuple[float, float], bend: floa
     axes.add_patch(FancyArrowPatch(start, end, shrinkA=0, shrinkB=0, **style))
 
 
-def draw():
-    """The picture as a matplotlib figure."""
-    figure, axes = plt.subplots(figsize=(12.4, 5.1))
+def draw() -> Figure:
+    """The picture."""
+    figure = Figure(figsize=(12.4, 5.1))
+    axes = figure.subplots()
     axes.set_xlim(0, 14.2)
     axes.set_ylim(0, 5.9)
     axes.axis("off")

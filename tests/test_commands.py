@@ -297,6 +297,11 @@ def test_results_without_a_mean_are_refused(workplace, capsys):
         assert f"other.json is of another {key} than one.json" in error_of(capsys, summarise, one, other)
     twice = write_result("twice.json", (0.9, 0.8), partition="one")
     assert "twice.json: one with seed 0 is in a file before it" in error_of(capsys, summarise, one, twice)
+    row = {"method": "KNN", "at": "untouched", "ood_dataset": "held-out-classes", "seed": None, "auroc": 0.9}
+    more = write_result("more.json", detection=[*json.loads(Path(one).read_text())["detection"], row])
+    assert "KNN is in one of more.json and one.json only: make both with the same" in error_of(
+        capsys, summarise, one, more
+    )
     Path("text.json").write_text("no JSON")
     assert "text.json: is no result; expected a JSON file that" in error_of(capsys, summarise, one, "text.json")
     assert "none.json: No such file or directory; expected" in error_of(capsys, summarise, one, "none.json")

@@ -236,7 +236,14 @@ def test_progress_reads_the_loss_only_when_it_prints(capsys):
     assert capsys.readouterr().out == "" and len(asked) == 1
 
 
-# --- memory -------------------------------------------------------------------------------------
+# --- the processor -------------------------------------------------------------------------------------
+
+
+def test_denormal_numbers_count_as_zero_once_a_device_is_picked():
+    torch.set_flush_denormal(False)
+    assert (torch.tensor([1e-30]) * 1e-10).item() > 0
+    pick_device("cpu")
+    assert (torch.tensor([1e-30]) * 1e-10).item() == 0
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps what it likes")
