@@ -196,7 +196,7 @@ def main(args: argparse.Namespace) -> None:
         save_scores(args.save_scores, results["scores"])
         print(f"wrote {args.save_scores}")
     if args.save_detector:
-        detector = make_detector(inputs, results["tuned"][0], args.tune, args.score_energy)
+        detector = make_detector(inputs, results["tuned"][0], args.tune, config)
         detector.save(args.save_detector, about)
         print(f"wrote {args.save_detector}: {detector.config.rule()}")
 

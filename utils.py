@@ -51,25 +51,6 @@ def handling(handler: Callable | signal.Handlers):
             signal.signal(signum, earlier)
 
 
-def keep_freed_memory(keep: bool = True) -> None:
-    """Whether the C library keeps large blocks that were freed for the next ones, instead of giving them back.
-
-    Every step allocates the same tensors again; if they are given back in between, the kernel has to clear their pages
-    each time, which costs a processor up to a third of its time. Does nothing where the C library is not glibc.
-    """
-    try:
-        libc = ctypes.CDLL(None)
-        mallopt, malloc_trim = libc.mallopt, libc.malloc_trim
-    except (AttributeError, OSError, TypeError):
-        return
-    trim_threshold, mmap_max = -1, -4  # the names of the parameters in malloc.h
-    # Where nothing is kept: what glibc comes to by itself once blocks of 32 MiB have been freed.
-    mallopt(trim_threshold, 2**31 - 1 if keep else 2**26)
-    mallopt(mmap_max, 0 if keep else 2**16)
-    if not keep:
-        malloc_trim(0)
-
-
 def raise_stopped(signum: int, frame: object) -> None:
     """The handler of every command, but for the training loop, which first saves its state."""
     raise Stopped(f"stopped by {signal.Signals(signum).name}", signum)
@@ -78,14 +59,17 @@ def raise_stopped(signum: int, frame: object) -> None:
 def run_command(main: Callable, parser: argparse.ArgumentParser, argv: list[str] | None = None) -> int:
     """Parse, run and turn every foreseen failure into one line: the body of every entry point.
 
+    A command with --device computes: for it the processor is tuned first.
+
     Returns the exit status: what `main` returns, or 0; 2 for a `UserError` (as argparse's own), 128 + n when stopped
     by signal n.
     """
     args = parser.parse_args(argv)
-    keep_freed_memory()
     args.argv = sys.argv[1:] if argv is None else list(argv)
     try:
         with handling(raise_stopped):
+            if hasattr(args, "device"):
+                tune_processor()
             return main(args) or 0
     except UserError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
@@ -197,18 +181,44 @@ def generator(seed: int, *stream: object):
 # --- device and precision -----------------------------------------------------------------------
 
 
+def tune_processor() -> None:
+    """Have the processor neither clear pages that it has just used nor compute with denormal numbers.
+
+    Every step allocates the tensors of the step before; what glibc gives back in between comes back as pages that the
+    kernel has to clear, up to a third of the time. Adam's moments become denormal where a unit is dead, and then each
+    takes many times as long. The price: memory stays at its peak until the process ends, and numbers below 1e-38 are
+    zero. Both are settings of the process; threads that run already keep their handling of denormal numbers.
+    """
+    import torch
+
+    keep_freed_memory(True)
+    torch.set_flush_denormal(True)
+
+
+def keep_freed_memory(keep: bool) -> None:
+    """Whether the C library keeps freed blocks of any size. Does nothing where it is not glibc."""
+    try:
+        libc = ctypes.CDLL(None)
+        mallopt, malloc_trim = libc.mallopt, libc.malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # the names of the parameters in malloc.h
+    # Where not: what glibc comes to by itself once blocks of 32 MiB have been freed, the most that it adapts to.
+    mallopt(trim_threshold, 2**31 - 1 if keep else 2**26)
+    mallopt(mmap_threshold, 2**25)
+    mallopt(mmap_max, 0 if keep else 2**16)
+    if not keep:
+        malloc_trim(0)
+
+
 def pick_device(name: str | None):
     """The device asked for, or the first CUDA GPU, else the CPU.
-
-    From here on denormal numbers count as zero: the moments of Adam fall among them where a unit is dead, and a
-    processor takes many times as long for each.
 
     Raises:
         UserError: the name is no device, or the device is not there.
     """
     import torch
 
-    torch.set_flush_denormal(True)
     if name is None:
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:

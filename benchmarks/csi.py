@@ -79,9 +79,7 @@ def main(args: argparse.Namespace) -> None:
         "repeats": repeats,
         "precision": precision,
     } | environment(device)
-    print(
-        f"{result['images_per_second']} images/s, of which the network takes {100 * network / step:.1f} % (target 85)"
-    )
+    print(f"{result['images_per_second']} images/s, of whose time the network takes {100 * network / step:.1f} %")
     print_json(result)
 
 

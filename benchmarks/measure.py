@@ -30,14 +30,14 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def plainly(work: Callable[[], object]) -> Callable[[], object]:
-    """`work` of a plain implementation: with the memory it frees given back, as the C library does unasked."""
+    """`work` of a plain implementation: with freed memory given back, as without `tune_processor`."""
 
     def run() -> object:
         keep_freed_memory(False)
         try:
             return work()
         finally:
-            keep_freed_memory()
+            keep_freed_memory(True)
 
     return run
 

@@ -34,7 +34,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "benchmarks.stage2", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="a tenth of the sizes: under a minute, rough figures")
+    parser.add_argument("--quick", action="store_true", help="small sizes: under a minute, rough figures")
     parser.add_argument("--device", help="(default: the first CUDA GPU, else the CPU)")
     parser.add_argument("--scale", type=positive_int, help="divide the images by this (default: 20; 300 with --quick)")
     parser.add_argument("--setting2-scale", type=positive_int, help="likewise (default: 100; 3000 with --quick)")

@@ -42,7 +42,7 @@ def test_csi_prints_what_it_measured(monkeypatch, capsys):
     options = ["--batch-size", "10", "--repeats", "1", "--width", "2", "--device", "cpu", "--precision", "fp32"]
     assert run_command(csi.main, csi.get_parser(), options) == 0
     words, figures = capsys.readouterr().out.splitlines()
-    assert words == "20.0 images/s, of which the network takes 80.0 % (target 85)"
+    assert words == "20.0 images/s, of whose time the network takes 80.0 %"
     figures = json.loads(figures)
     assert (figures["step_seconds"], figures["network_seconds"], figures["network_share"]) == (0.5, 0.4, 0.8)
     assert (figures["images_per_second"], figures["views_per_second"]) == (20.0, 160.0)

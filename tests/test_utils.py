@@ -239,11 +239,16 @@ def test_progress_reads_the_loss_only_when_it_prints(capsys):
 # --- the processor -------------------------------------------------------------------------------------
 
 
-def test_denormal_numbers_count_as_zero_once_a_device_is_picked():
+@pytest.mark.parametrize(("options", "product"), [(["--device"], 0.0), ([], pytest.approx(1e-40, rel=1e-4))])
+def test_denormal_numbers_count_as_zero_in_commands_that_compute(options, product):
+    parser = argparse.ArgumentParser()
+    for option in options:
+        parser.add_argument(option)
     torch.set_flush_denormal(False)
-    assert (torch.tensor([1e-30]) * 1e-10).item() > 0
-    pick_device("cpu")
-    assert (torch.tensor([1e-30]) * 1e-10).item() == 0
+    found = []
+    assert run_command(lambda args: found.append((torch.tensor([1e-30]) * 1e-10).item()), parser, []) == 0
+    torch.set_flush_denormal(False)
+    assert found == [product]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps what it likes")
@@ -256,6 +261,6 @@ def test_freed_memory_is_kept_for_the_next_block():
 
     keep_freed_memory(False)
     given_back = faults()
-    keep_freed_memory()
+    keep_freed_memory(True)
     faults()
     assert faults() < given_back / 10

@@ -95,28 +95,28 @@ def split_model(model: MainModel, tune: str) -> tuple[Callable[[Tensor], Tensor]
     return lambda images: model.classifier.hidden(model.features(images)), tuned
 
 
-def make_detector(inputs: Stage2Inputs, run: Run, tune: str, score_energy: str) -> Detector:
+def make_detector(inputs: Stage2Inputs, run: Run, tune: str, config: FineTuneConfig) -> Detector:
     """The classifier with the head that `run` ended with, and the threshold that 95 % of the IND images kept from
-    training, or where there are none of the IND test images, do not exceed."""
+    training, or where there are none of the IND test images, do not exceed in the precision of `config`."""
     task, data = inputs.task, inputs.data
     model = copy.deepcopy(inputs.classifier)
     model.get_submodule(TUNABLE[tune]).load_state_dict(run.last)
     threshold_from, images = (
         ("IND validation", data.validation.images) if len(data.validation) else ("IND test", data.test.images)
     )
-    config = DetectorConfig(
+    about = DetectorConfig(
         task=inputs.task_name,
         classes=task.class_names(inputs.partition),
         image_size=task.image_size,
         image_channels=task.image_channels,
         logits=task.logits,
         networks=task.networks,
-        score=MODES[run.mode].scores[score_energy],
+        score=MODES[run.mode].scores[config.score_energy],
         threshold=math.inf,
         threshold_from=threshold_from,
     )
-    scores = in_chunks(lambda part: Detector(model, config)(to_float(part))[0], images, "fp32")
-    return Detector(model, replace(config, threshold=acceptance_threshold(scores)))
+    scores = in_chunks(lambda part: Detector(model, about)(to_float(part))[0], images, config.precision)
+    return Detector(model, replace(about, threshold=acceptance_threshold(scores)))
 
 
 @dataclass(frozen=True)
@@ -228,27 +228,30 @@ def run_stage2(
 
     Args:
         baselines: post-hoc detectors to report beside it, of `evaluation.baselines.POST_HOC`.
-        banks: keeps the features of the images from one call with the same inputs to the next.
+        banks: keeps the features of the images, by what is split off and precision, from one call with the same
+            inputs to the next.
     """
     compared = compare(inputs, config, baselines) if baselines else []  # first: a detector may fail
     task, cvae, data = inputs.task, inputs.cvae, inputs.data
-    features, head = split_model(inputs.classifier, "head" if tune == JOINT else tune)
+    split = "head" if tune == JOINT else tune
+    features, head = split_model(inputs.classifier, split)
     banks = {} if banks is None else banks
-    if (tune, config.precision) not in banks:
-        banks[tune, config.precision] = data.encode(features, config.precision)
-    bank, pseudo = banks[tune, config.precision], make_pseudo(cvae, features, config, data.train.images.device)
+    if (split, config.precision) not in banks:
+        banks[split, config.precision] = data.encode(features, config.precision)
+    bank, pseudo = banks[split, config.precision], make_pseudo(cvae, features, config, data.train.images.device)
     if tune != JOINT:
         return tune_and_score(head, bank, pseudo, config, modes, seeds, score_pseudo, compared)
-    margins = find_margins(head, bank, FreshFeatures(pseudo, config, seeds), config)
     scored, runs = untouched_scores(head, bank) + compared, []
     for mode in modes:
+        uses_margins, all_margins = MODES[mode].uses_margins, None
+        if uses_margins:
+            all_margins = find_margins(head, bank, FreshFeatures(pseudo, config, seeds), config)
         for s, seed in enumerate(seeds):
-            run = Run(mode, seed, margins.of(s) if MODES[mode].uses_margins else None)
+            margins = Margins(all_margins.m_in[s], all_margins.m_out[s]) if uses_margins else None
+            run = Run(mode, seed, all_margins.of(s) if uses_margins else None)
             torch.manual_seed(derive_seed(seed, "initialisation", JOINT))
             model = build_classifier(task).to(bank.train.device, memory_format=torch.channels_last)
-            objective = JointObjective(
-                ClassifierObjective(task.augment), pseudo, mode, Margins(margins.m_in[s], margins.m_out[s]), config
-            )
+            objective = JointObjective(ClassifierObjective(task.augment), pseudo, mode, margins, config)
             train_jointly(model, data.train, objective, config, seed)
             run.last = {name: p.detach() for name, p in model.classifier.named_parameters()}
             own = data.encode(model.features, config.precision)
