@@ -185,7 +185,7 @@ def tune_processor() -> None:
     """Have the processor neither clear pages that it has just used nor compute with denormal numbers.
 
     Every step allocates the tensors of the step before; what glibc gives back in between comes back as pages that the
-    kernel has to clear, up to a third of the time. Adam's moments become denormal where a unit is dead, and then each
+    kernel has to clear, which takes up to a quarter of the time. Adam's moments become denormal where a unit is dead, and then each
     takes many times as long. The price: memory stays at its peak until the process ends, and numbers below 1e-38 are
     zero. Both are settings of the process; threads that run already keep their handling of denormal numbers.
     """
