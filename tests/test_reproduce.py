@@ -346,11 +346,90 @@ def test_without_submitit_it_is_one_line(tmp_path, monkeypatch):
         submit([], tmp_path)
 
 
-def test_a_job_that_ran_out_of_time_is_queued_again(tmp_path):
+def test_warned_a_cluster_job_goes_on_and_at_the_last_call_it_is_queued_again(tmp_path, monkeypatch):
+    """Real signals, through submitit's executor for this machine: SIGTERM, as of Slurm, then submitit's own."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    job = tiny_job(tmp_path / "a", WRITES, "tests.waits_for_signals")
+    submit([job], tmp_path / "queue", cluster="local", timeout_min=5)
+    starts = tmp_path / "a" / "1.txt.starts"
+
+    def started(count: int) -> list[int]:
+        wait_for(lambda: starts.is_file() and len(starts.read_text().splitlines()) == count)
+        return [int(line) for line in starts.read_text().splitlines()]
+
+    (first,) = started(1)
+    os.kill(first, signal.SIGTERM)
+    assert started(2) == [first, first]  # the same process goes on
+    os.kill(first, signal.SIGUSR2)
+    *_, again = started(3)
+    assert again != first
+    wait_for(lambda: job.is_done)
+    log = job.log.read_text()
+    assert log.count("waits: stopped by SIGTERM") == 2 and log.count("$ python -m tests.writes_a_file") == 1
+    printed = "".join(path.read_text() for path in (tmp_path / "queue").glob("*_log.*"))
+    assert "Requeued job" in printed and "RuntimeError" not in printed
+
+
+@pytest.mark.parametrize("preempt", ["USR1", "TERM"])  # as SUBMITIT_PREEMPT_SIGNAL may name them: the steps know both
+def test_submitits_signal_may_be_one_that_stops_a_step(tmp_path, monkeypatch, preempt):
+    from reproduction.launchers import ClusterJob
+
+    requeued = []
+    monkeypatch.setattr("submitit.JobEnvironment.USR_SIG", preempt)
+    monkeypatch.setattr("reproduction.launchers.run_job", lambda folder: 128 + last_call)
+    last_call = getattr(signal, f"SIG{preempt}")
+    before = signal.signal(last_call, lambda signum, frame: requeued.append(signum))
+    try:
+        with pytest.raises(RuntimeError, match=f"exit status {128 + last_call}"):  # submitit's handler does not return
+            ClusterJob()(str(tmp_path))
+    finally:
+        signal.signal(last_call, before)
+    assert requeued == [last_call]
+
+
+def test_a_signal_between_two_steps_counts_like_one_within(tmp_path, monkeypatch):
+    from reproduction.launchers import ClusterJob
+
+    calls = []
+
+    def between(folder: Path) -> int:
+        calls.append(folder)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return 0
+
+    monkeypatch.setattr("reproduction.launchers.run_job", between)
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR2)}
+    assert ClusterJob()("folder") == 0 and calls == [Path("folder")] * 2
+    assert {signum: signal.getsignal(signum) for signum in before} == before
+
+
+def test_what_is_queued_again_is_the_same_job():
     from reproduction.launchers import ClusterJob
 
     again = ClusterJob().checkpoint("folder")
     assert isinstance(again.function, ClusterJob) and again.args == ("folder",)
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, 30), ({"slurm_max_num_timeout": 7}, 7)])
+def test_time_may_be_up_often(tmp_path, monkeypatch, given, expected):
+    class Executor:
+        def __init__(self, folder, cluster, slurm_max_num_timeout):
+            assert (cluster, slurm_max_num_timeout) == ("slurm", expected)
+
+        def update_parameters(self, timeout_min):
+            assert timeout_min == 60
+
+        def map_array(self, function, folders):
+            return [type("Submitted", (), {"job_id": "5_0"}) for _ in folders]
+
+    monkeypatch.setattr("submitit.AutoExecutor", Executor)
+    assert submit([tiny_job(tmp_path / "a", WRITES)], tmp_path / "queue", timeout_min=60, **given) == {"a": "5_0"}
+
+
+def test_time_outs_are_a_number(tmp_path):
+    with pytest.raises(UserError, match="^--slurm slurm_max_num_timeout=often: expected a whole number$"):
+        submit([], tmp_path, slurm_max_num_timeout="often")
 
 
 # --- tables -------------------------------------------------------------------------------------
