@@ -171,7 +171,12 @@ def submit(jobs: Sequence[Job], folder: Path, cluster: str = "slurm", **paramete
             executor = submitit.AutoExecutor(folder=folder, cluster=cluster, slurm_max_num_timeout=time_outs)
         except RuntimeError as error:
             raise UserError(f"--launcher slurm: {error}; run it where sbatch is, or use --launcher local") from None
-        executor.update_parameters(**parameters)
+        for name, value in parameters.items():  # one by one, so that the wrong one can be named
+            try:
+                executor.update_parameters(**{name: value})
+            except (NameError, TypeError, ValueError, AssertionError) as error:
+                reason = str(error).partition("\n")[0]
+                raise UserError(f"--slurm {name}={value}: submitit does not take it: {reason}") from None
         submitted = executor.map_array(ClusterJob(), [str(job.folder) for job in waiting])
         numbers |= {job.name: one.job_id for job, one in zip(waiting, submitted, strict=True)}
         write_json(queue, numbers)

@@ -427,6 +427,24 @@ def test_time_may_be_up_often(tmp_path, monkeypatch, given, expected):
     assert submit([tiny_job(tmp_path / "a", WRITES)], tmp_path / "queue", timeout_min=60, **given) == {"a": "5_0"}
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("nonsense", 1, "Parameter 'nonsense' need to be prefixed by an executor name."),
+        ("slurm_nonsense", 1, "Unknown argument 'nonsense' for executor 'slurm' in parameter 'slurm_nonsense'. Valid"),
+        ("gpu_partition", "a", "Unknown executor 'gpu' in parameter 'gpu_partition'."),
+        ("mem_gb", "much", 'Parameter "mem_gb" expected type '),  # an AssertionError of submitit
+        ("nodes", 2, "LocalExecutor can use only one node. Use nodes=1"),
+    ],
+)
+def test_a_parameter_that_submitit_does_not_take_is_one_line(tmp_path, name, value, reason):
+    job = tiny_job(tmp_path / "a", WRITES)
+    with pytest.raises(UserError) as raised:
+        submit([job], tmp_path / "queue", cluster="local", **{"timeout_min": 1, name: value})
+    assert str(raised.value).startswith(f"--slurm {name}={value}: submitit does not take it: {reason}")
+    assert "\n" not in str(raised.value) and not (tmp_path / "queue" / "queue.json").exists()
+
+
 def test_time_outs_are_a_number(tmp_path):
     with pytest.raises(UserError, match="^--slurm slurm_max_num_timeout=often: expected a whole number$"):
         submit([], tmp_path, slurm_max_num_timeout="often")
