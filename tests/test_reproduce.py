@@ -265,6 +265,14 @@ def test_steps_are_done_once_and_again_when_their_options_change(tmp_path):
     assert (job.folder / "1.txt").read_text() == "new"
 
 
+def test_where_there_are_no_locks_jobs_run_all_the_same(tmp_path):
+    job = tiny_job(tmp_path / "a", WRITES)
+    code = (
+        "import sys; sys.modules['fcntl'] = None; from reproduction.jobs import run_job; sys.exit(run_job(sys.argv[1]))"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(job.folder)], cwd=ROOT).returncode == 0 and job.is_done
+
+
 def test_a_step_that_fails_ends_the_job_with_its_status(tmp_path):
     job = tiny_job(tmp_path / "a", WRITES, WRITES, argv=("--word", "fail"))
     assert run_job(job.folder) == 2
