@@ -40,7 +40,7 @@ VARIANTS = (
     "--loss-energy ind",
     "--score-energy all",
 )
-THE_METHOD = "as published"
+HEADER = ("options of eval", "mode", "start", "best (step)", "validated (step)", "last", "IND accuracy", "seconds")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> None:
     results = ablate(setup, inputs, configs)
     method = {"config": asdict(eval.make_config(args, setup)) | {"tune": args.tune}}
     write_json(output, eval.describe("benchmarks.ablations", args, setup, inputs) | method | results)
-    print(f"\n{markdown(results)}\n\nwrote {output}")
+    print(f"\n{table(results)}\n\nwrote {output}")
 
 
 def variant_config(args: argparse.Namespace, setup: eval.Setup, variant: str) -> tuple[object, str]:
@@ -84,6 +84,7 @@ def ablate(setup: eval.Setup, inputs, configs: dict) -> dict:
         "untouched": detection rows of the classifier before fine-tuning; "variants": for each variant its
         "config", "detection" and "ind" rows, "runs" and "seconds".
     """
+    from evaluation.report import THE_METHOD
     from training.stage2 import run_stage2
 
     untouched, variants, banks = [], {}, {}
@@ -98,19 +99,21 @@ def ablate(setup: eval.Setup, inputs, configs: dict) -> dict:
     return {"untouched": untouched, "variants": variants}
 
 
-def markdown(results: dict) -> str:
-    """The table: a row for each variant and mode, the first OOD set."""
-    lines = ["| options of eval | mode | start | best (step) | validated (step) | last | IND accuracy | seconds |"]
-    lines.append("| --- " * 8 + "|")
-    for variant, result in results["variants"].items():
-        for mode in dict.fromkeys(run["mode"] for run in result["runs"]):
-            name = f"`{variant}`" if variant else THE_METHOD
-            lines.append(f"| {' | '.join([name, mode, *cells(result, mode), format(result['seconds'], '.0f')])} |")
-    ood = results["untouched"][0]["ood_dataset"]
-    for row in results["untouched"]:
-        if row["ood_dataset"] == ood:
-            lines.append(f"| untouched classifier | {row['method']} | {100 * row['auroc']:.2f}" + " | " * 6 + "|")
-    return "\n".join(lines)
+def table(results: dict) -> str:
+    """In Markdown: a row for each variant and mode, then for each score of the untouched classifier; first OOD set."""
+    from evaluation.report import THE_METHOD, markdown
+
+    rows = [
+        [f"`{variant}`" if variant else THE_METHOD, mode, *cells(result, mode), format(result["seconds"], ".0f")]
+        for variant, result in results["variants"].items()
+        for mode in dict.fromkeys(run["mode"] for run in result["runs"])
+    ]
+    rows += [
+        ["untouched classifier", row["method"], f"{100 * row['auroc']:.2f}", *["-"] * (len(HEADER) - 3)]
+        for row in results["untouched"]
+        if row["ood_dataset"] == results["untouched"][0]["ood_dataset"]
+    ]
+    return markdown(HEADER, rows)
 
 
 def cells(result: dict, mode: str) -> list[str]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from evaluation.metrics import auroc
-from evaluation.report import mean_and_sd
+from evaluation.report import THE_METHOD, mean_and_sd
 from utils import replacing
 
 if TYPE_CHECKING:
@@ -395,7 +395,7 @@ def sweep(
     axes.set_xticks([], minor=True)
     axes.set_xlabel(option)
     if own is not None:
-        _mark_value(axes, own, "the method")
+        _mark_value(axes, own, THE_METHOD)
     _name_lines(axes, ends, baselines, "AUROC after the last step, %")
     return figure
 

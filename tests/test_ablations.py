@@ -11,7 +11,7 @@ import pytest
 import eval
 import train
 from benchmarks import ablations, precision
-from benchmarks.ablations import cells, markdown
+from benchmarks.ablations import HEADER, cells, table
 from datasets.tasks import COMMANDS
 from evaluation.report import mean_and_sd
 from reproduction.report import ablation_cells, own_value, sweep_points
@@ -42,7 +42,14 @@ def test_ablations_are_runs_of_eval_with_those_options(place, monkeypatch, capsy
     printed = capsys.readouterr().out
     found = json.loads(Path("a.json").read_text())
     assert list(found["variants"]) == variants and found["config"]["sigma"] == 3.0
-    assert markdown(found) in printed
+    assert table(found) in printed
+    header, rule, *lines = table(found).splitlines()
+    assert [line.count("|") for line in (header, rule, *lines)] == [len(HEADER) + 1] * (2 + 4 * 2 + 2)
+    assert [line.split(" | ")[0] for line in lines[::2]] == [
+        "| the method", *(f"| `{variant}`" for variant in variants[1:]), "| untouched classifier"
+    ]  # fmt: skip
+    msp = next(row["auroc"] for row in found["untouched"] if row["method"] == "MSP")
+    assert f"| untouched classifier | MSP | {100 * msp:.2f} | - | - | - | - | - |" in lines
     for variant in variants:
         argv = ["--device", "cpu", "--precision", "fp32", "--epochs", "1", "--seeds", "1", "2", "--output", "b.json"]
         assert run_command(eval.main, eval.get_parser(), [*argv, *variant.split()]) == 0

@@ -18,9 +18,10 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 import reproduce
+from evaluation.report import markdown
 from reproduction.jobs import Job, Step, last_line, read_job, run_job
 from reproduction.launchers import is_queued, local_slots, run_local, submit
-from reproduction.tables import cell, markdown, summarise
+from reproduction.tables import cell, summarise
 from utils import UserError, run_command
 
 ROOT = Path(__file__).parents[1]
