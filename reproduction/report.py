@@ -97,6 +97,7 @@ def draw(folder: Path, results: Sequence[Result], samples: Path, changes: dict |
     untouched = {row["method"]: row["auroc"] for row in first.content["detection"] if is_baseline(row, ood)}
     shown = {name: untouched[name] for name in ("MSP", "energy")}
     where = f"{first.partition}, training seed {first.seed}"
+    energies = {option: first.content["config"][option] for option in ("loss_energy", "score_energy")}
     figures = {}
     for run in first.content["runs"]:
         mode = run["mode"]
@@ -104,7 +105,7 @@ def draw(folder: Path, results: Sequence[Result], samples: Path, changes: dict |
         scores = {label: first.of(mode, "last", name) for name, label in sets.items()}
         margins = run["margins"] and (run["margins"]["m_in"], run["margins"]["m_out"])
         caption = f"Scores of {mode} after the last step; {where}."
-        figures[f"scores_{mode}"] = (score_histograms(mode, scores, margins), caption)
+        figures[f"scores_{mode}"] = (score_histograms(mode, scores, margins, **energies), caption)
     detectors = {row["method"]: "untouched" for row in first.content["detection"] if is_baseline(row, ood)}
     detectors |= {run["mode"]: "last" for run in first.content["runs"]}
     curves = {name: tuple(first.of(name, at, images) for images in (IND_TEST, ood)) for name, at in detectors.items()}

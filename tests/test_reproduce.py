@@ -18,6 +18,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 import reproduce
+from evaluation import plots
 from evaluation.report import markdown
 from reproduction.jobs import Job, Step, last_line, read_job, run_job
 from reproduction.launchers import is_queued, local_slots, run_local, submit
@@ -98,6 +99,24 @@ def test_the_report_holds_tables_and_pictures(reproduced):
     assert page.count("<figure>") == 5 and not re.search(r'(src|href)="(?!data:|#)', page)
     names = {path.name for path in (reproduced / "figures").iterdir()}
     assert names == {"scores_CMG-energy.png", "scores_CMG-softmax.png", "roc.png", "steps.png"}
+
+
+def test_the_histograms_say_which_energies_they_are_of(reproduced, tmp_path, monkeypatch):
+    from reproduction import report
+    from reproduction.tables import read_result
+
+    folder, drawn = reproduced / "partition1_seed1", []
+
+    def score_histograms(*args, **energies):
+        drawn.append((args[0], energies))
+        return plots.score_histograms(*args, **energies)
+
+    monkeypatch.setattr(report, "score_histograms", score_histograms)
+    result = read_result("partition1", 1, folder / "eval.json", folder / "scores.npz")
+    result.content["config"]["score_energy"] = "all"
+    report.draw(tmp_path, [result], tmp_path / "none", None)
+    expected = {"loss_energy": "all", "score_energy": "all"}
+    assert drawn == [("CMG-energy", expected), ("CMG-softmax", expected)]
 
 
 def test_what_is_done_is_not_repeated(reproduced, capsys, monkeypatch):
