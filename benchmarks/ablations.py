@@ -3,23 +3,24 @@
     python -m benchmarks.ablations --task same_dataset_mnist --partition partition1 --seeds 1 2 3
     python -m benchmarks.ablations --pseudo-pool 12000 --variant='--sigma 1' --variant='--margins 0.95 0.05'
 
-takes every option of eval, and each variant is options of eval on top of them. AUROC in per cent on the task's first
-OOD set, mean ± standard deviation over the seeds of stage 2: before the first step, the best of the checks and the
-step it was seen at, at the step chosen on IND images where some were kept from training, after the last step. The
-table goes to the terminal, everything behind it to a JSON file.
+takes the options of eval, but not those of one run (--baselines, --save-scores, --save-detector), and each variant is
+options of the method on top of them. AUROC in per cent on the task's first OOD set, mean ± standard deviation over the
+seeds of stage 2: before the first step, the best of the checks and the step it was seen at, at the step chosen on IND
+images where some were kept from training, after the last step. The table goes to the terminal, everything behind it to
+a JSON file.
 """
 
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import eval
-from utils import check_writable, run_command
+from training.options import option, parse_options, split_options
+from utils import UserError, check_writable, run_command
 
 VARIANTS = (
     "",
@@ -40,6 +41,8 @@ VARIANTS = (
     "--loss-energy ind",
     "--score-energy all",
 )
+CHANGEABLE = [*(name for name in eval.METHOD if name != "ood_dataset"), "precision"]  # what decides a configuration
+OF_ONE_RUN = ("baselines", "save_scores", "save_detector")
 HEADER = ("options of eval", "mode", "start", "best (step)", "validated (step)", "last", "IND accuracy", "seconds")
 
 
@@ -49,7 +52,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--variant",
         action="append",
-        help="options of eval, quoted, as in --variant='--sigma 1'; '' is the method itself; may be repeated "
+        help="options of the method, quoted, as in --variant='--sigma 1'; '' is the method itself; may be repeated "
         "(default: a list of them)",
     )
     return parser
@@ -58,9 +61,7 @@ def get_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     from utils import write_json
 
-    setup = eval.read_arguments(args)
-    variants = list(dict.fromkeys(VARIANTS if args.variant is None else args.variant))
-    configs = {variant: variant_config(args, setup, variant) for variant in variants}
+    setup, configs = read_arguments(args)
     output = args.output or Path("results") / f"ablations_{setup.task_name}_{setup.partition}.json"
     check_writable(output)
     inputs = eval.load(args, setup)
@@ -70,10 +71,36 @@ def main(args: argparse.Namespace) -> None:
     print(f"\n{table(results)}\n\nwrote {output}")
 
 
+def read_arguments(args: argparse.Namespace) -> tuple[eval.Setup, dict[str, tuple[object, str]]]:
+    """Check the arguments before anything is loaded.
+
+    Returns:
+        what all variants share; for each variant its configuration and what it tunes.
+
+    Raises:
+        UserError: an option or a variant cannot be.
+    """
+    for name in OF_ONE_RUN:
+        if getattr(args, name) is not None:
+            raise UserError(f"{option(name)} is of one run, not of a table of many; give it to eval")
+    setup = eval.read_arguments(args)
+    variants = dict.fromkeys(VARIANTS if args.variant is None else args.variant)
+    return setup, {variant: variant_config(args, setup, variant) for variant in variants}
+
+
 def variant_config(args: argparse.Namespace, setup: eval.Setup, variant: str) -> tuple[object, str]:
     """The configuration of a variant, and what it tunes. Raises `UserError`."""
-    options = get_parser().parse_args([*args.argv, *shlex.split(variant)])
-    eval.read_arguments(options)
+    flag = f"--variant={variant!r}"
+    options = parse_options(flag, get_parser(), [*args.argv, *split_options("--variant", variant)])
+    for name, value in vars(options).items():
+        if name not in CHANGEABLE and value != getattr(args, name):
+            raise UserError(
+                f"{flag}: {option(name)} is the same for all; a variant changes {', '.join(map(option, CHANGEABLE))}"
+            )
+    try:
+        eval.read_arguments(options)
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
     return eval.make_config(options, setup), options.tune
 
 
