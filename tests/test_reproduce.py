@@ -246,6 +246,63 @@ def test_arguments_that_cannot_be_are_named(tmp_path, monkeypatch, capsys, argv,
     assert not any(path.suffix == ".pkl" for path in tmp_path.rglob("*"))
 
 
+OWN = "give {0} to reproduce itself"
+FILES = "give --output to reproduce itself: the folder of all files"
+HANDED_ON = {  # what is handed on -> the error
+    "--eval-args=--seeds 1 2 3": "no --seeds here: give --seeds to reproduce itself: how many",
+    "--classifier-args=--seed 4": "no --seed here: give --seeds to reproduce itself: how many",
+    "--eval-args=--output x": f"no --output here: {FILES}",
+    "--eval-args=--outp x": f"no --output here: {FILES}",  # as argparse takes it
+    "--eval-args=--save-scores x": f"no --save-scores here: {FILES}",
+    "--cvae-args=--params-dict-name x": f"no --params-dict-name here: {FILES}",
+    "--eval-args=--params-dict-name2 x": f"no --params-dict-name2 here: {FILES}",
+    "--cvae-args=--command train_cvae": "no --command here: --classifier-args and --cvae-args are for one network each",
+    "--eval-args=--save-detector x": "no --save-detector here: every job would write the same file; run eval on the "
+    "networks of one",
+    "--classifier-args=--partition partition2": "no --partition here: give --partitions to reproduce itself",
+    "--eval-args=--mode all": "no --mode here: give --modes to reproduce itself",
+    "--eval-args=--ood-dataset all": f"no --ood-dataset here: {OWN.format('--ood-dataset')}",
+    "--eval-args=--baselines": f"no --baselines here: {OWN.format('--baselines')}",
+    "--eval-args=--ood-dir x": f"no --ood-dir here: {OWN.format('--ood-dir')}",
+    "--classifier-args=--ind-dir x": f"no --ind-dir here: {OWN.format('--ind-dir')}",
+    "--classifier-args=--image-size 32": f"no --image-size here: {OWN.format('--image-size')}",
+    "--cvae-args=--grey": f"no --grey here: {OWN.format('--grey')}",
+    "--eval-args=--task same_dataset_digits": f"no --task here: {OWN.format('--task')}",
+    "--cvae-args=--device cpu": f"no --device here: {OWN.format('--device')}",
+    "--classifier-args=--data-dir x": f"no --data-dir here: {OWN.format('--data-dir')}",
+    "--eval-args=--sigmas 1": "unrecognized arguments: --sigmas 1",
+    "--eval-args=KNN": "unrecognized arguments: KNN",
+    "--classifier-args=--epochs 0": "argument --epochs: 0 is out of range: expected above 0",
+    "--cvae-args=--log 'a b": """"--log 'a b" cannot be split into options: no closing quotation""",
+    "--eval-args=--tune joint --anchor 1": "--anchor says how a head is fine-tuned; --tune joint goes without it",
+}
+
+
+@pytest.mark.parametrize("given", HANDED_ON)
+def test_what_is_handed_on_is_checked_before_the_work(tmp_path, monkeypatch, capsys, given):
+    monkeypatch.chdir(tmp_path)
+    assert run("--baselines", "KNN", given) == 2
+    assert capsys.readouterr().err == f"reproduce: error: {given.split('=')[0]}: {HANDED_ON[given]}\n"
+    assert not any(tmp_path.iterdir())
+
+
+def test_options_that_do_not_go_with_the_ablations_are_found_before_the_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("--ablations", "--eval-args=--tune joint") == 2
+    message = (
+        "--eval-args: --variant='--anchor 0.1': --anchor says how a head is fine-tuned; --tune joint goes without it"
+    )
+    assert capsys.readouterr().err == f"reproduce: error: {message}\n" and not any(tmp_path.iterdir())
+
+
+def test_what_is_handed_on_reaches_its_step(tmp_path):
+    given = ["--classifier-args=--log 'a b'", "--cvae-args=--precision fp32", "--eval-args=--sigma 2", "--ablations"]
+    _, (job, *_) = reproduce.make_jobs(reproduce.get_parser().parse_args([*given, "--output", str(tmp_path)]))
+    last = {step.name: step.argv[-2:] for step in job.steps if step.name != "samples"}
+    sigma, own = ("--sigma", "2"), {"train_classifier": ("--log", "a b"), "train_cvae": ("--precision", "fp32")}
+    assert last == own | {"eval": sigma, "ablations": sigma}
+
+
 # --- jobs and launchers -------------------------------------------------------------------------
 
 
