@@ -15,14 +15,29 @@ import sys
 import time
 from pathlib import Path
 
+import eval
+import train
+from benchmarks import ablations
 from datasets.tasks import add_data_arguments, task_from_arguments, task_names
-from eval import MODE_NAMES
 from evaluation.baselines import POST_HOC
 from reproduction.jobs import Job, Step, last_line
+from training.options import check_options, option, parse_options
 from utils import UserError, add_machine_arguments, check_writable, pick_all, positive_int, run_command
 
 ABLATION_SEEDS = ("1", "2", "3")
 SAMPLES, ABLATIONS = "samples.png", "ablations.json"
+SHARED = ("task", "ind_dir", "ood_dir", "image_size", "grey", "ood_dataset", "baselines", "device", "data_dir")
+FILES = ("output", "save_scores", "params_dict_name", "params_dict_name2")
+REFUSED = {  # options of the steps that are not for the user to hand on -> what to do instead
+    **{name: f"give {option(name)} to reproduce itself" for name in SHARED},
+    **dict.fromkeys(("seed", "seeds"), "give --seeds to reproduce itself: how many"),
+    **dict.fromkeys(FILES, "give --output to reproduce itself: the folder of all files"),
+    "partition": "give --partitions to reproduce itself",
+    "mode": "give --modes to reproduce itself",
+    "command": "--classifier-args and --cvae-args are for one network each",
+    "save_detector": "every job would write the same file; run eval on the networks of one",
+}
+READERS = {"eval": eval, "ablations": ablations}  # steps whose commands check more than the parser before the work
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -34,7 +49,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.set_defaults(partition=None)
     parser.add_argument("--partitions", nargs="+", default=["all"], help="(default: all)")
     parser.add_argument("--seeds", type=positive_int, default=5, help="how many: 1, 2, … (default: %(default)s)")
-    parser.add_argument("--modes", nargs="+", choices=[*MODE_NAMES, "all"], default=["all"], help="(default: all)")
+    parser.add_argument("--modes", nargs="+", choices=[*eval.MODE_NAMES, "all"], default=["all"], help="(default: all)")
     parser.add_argument("--ood-dataset", nargs="+", default=["all"], help="OOD sets (default: all of the task)")
     parser.add_argument(
         "--baselines",
@@ -75,6 +90,7 @@ def main(args: argparse.Namespace) -> None:
 
     start = time.monotonic()
     task_name, jobs = make_jobs(args)
+    check_steps(jobs[0])
     folder = jobs[0].folder.parent
     check_writable(folder / "table.json")
     for job in jobs:
@@ -115,13 +131,17 @@ def make_jobs(args: argparse.Namespace) -> tuple[str, list[Job]]:
     """The name of the task and its jobs, one for each partition and training seed. Raises `UserError`."""
     task_name, task, _ = task_from_arguments(args)
     partitions = pick_all("--partitions", args.partitions, list(task.partitions), task_name)
-    modes = pick_all("--modes", args.modes, MODE_NAMES, task_name)
+    modes = pick_all("--modes", args.modes, eval.MODE_NAMES, task_name)
     ood_names = pick_all("--ood-dataset", args.ood_dataset, task.ood_datasets, task_name)
     root = args.output or Path("results") / task_name
     which = [*(task.options or ("--task", task_name))]
     which += [word for ood_dir in args.ood_dir for word in ("--ood-dir", str(ood_dir))]
     which += ["--precision", args.precision] if args.precision != "auto" else []
     machine = ["--data-dir", str(args.data_dir), *(["--device", args.device] if args.device else [])]
+    more = {
+        name: check_options(f"--{name}-args", getattr(args, f"{name}_args"), command.get_parser(), REFUSED)
+        for name, command in {"classifier": train, "cvae": train, "eval": eval}.items()
+    }
     jobs = []
     for partition in partitions:
         for seed in range(1, args.seeds + 1):
@@ -133,7 +153,7 @@ def make_jobs(args: argparse.Namespace) -> tuple[str, list[Job]]:
                     f"train_{name}",
                     "train",
                     (*of_job, "--command", f"train_{name}", "--seed", str(seed), "--params-dict-name", str(path))
-                    + tuple(shlex.split(getattr(args, f"{name}_args"))),
+                    + tuple(more[name]),
                     path,
                 )
                 for name, path in networks.items()
@@ -143,21 +163,32 @@ def make_jobs(args: argparse.Namespace) -> tuple[str, list[Job]]:
             result, scores = outputs(folder)
             options = ("--seeds", str(seed), "--output", str(result), "--save-scores", str(scores))
             options += () if args.baselines is None else ("--baselines", *args.baselines)
-            steps.append(Step("eval", "eval", (*tested, *options, *shlex.split(args.eval_args)), result))
+            steps.append(Step("eval", "eval", (*tested, *options, *more["eval"]), result))
             if not jobs:
                 drawn = (*of_job, "--params-dict-name2", str(networks["cvae"]), "--output", str(folder / SAMPLES))
                 steps.append(Step("samples", "figure.samples", drawn, folder / SAMPLES))
             if not jobs and args.ablations:
-                options = (
-                    "--seeds",
-                    *ABLATION_SEEDS,
-                    "--output",
-                    str(folder / ABLATIONS),
-                    *shlex.split(args.eval_args),
-                )
+                options = ("--seeds", *ABLATION_SEEDS, "--output", str(folder / ABLATIONS), *more["eval"])
                 steps.append(Step("ablations", "benchmarks.ablations", (*tested, *options), folder / ABLATIONS))
             jobs.append(Job(folder, tuple(steps), tuple(machine)))
     return task_name, jobs
+
+
+def check_steps(job: Job) -> None:
+    """Find out before the work whether what is handed on to eval goes together, for one job as for all.
+
+    Raises:
+        UserError: it does not.
+    """
+    for step in job.steps:
+        if step.name in READERS:
+            command = READERS[step.name]
+            args = parse_options("--eval-args", command.get_parser(), step.argv)
+            args.argv = list(step.argv)
+            try:
+                command.read_arguments(args)
+            except UserError as error:
+                raise UserError(f"--eval-args: {error}") from None
 
 
 def outputs(folder: Path) -> tuple[Path, Path]:

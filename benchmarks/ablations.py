@@ -3,23 +3,24 @@
     python -m benchmarks.ablations --task same_dataset_mnist --partition partition1 --seeds 1 2 3
     python -m benchmarks.ablations --pseudo-pool 12000 --variant='--sigma 1' --variant='--margins 0.95 0.05'
 
-takes every option of eval, and each variant is options of eval on top of them. AUROC in per cent on the task's first
-OOD set, mean ± standard deviation over the seeds of stage 2: before the first step, the best of the checks and the
-step it was seen at, at the step chosen on IND images where some were kept from training, after the last step. The
-table goes to the terminal, everything behind it to a JSON file.
+takes the options of eval, but not those of one run (--baselines, --save-scores, --save-detector), and each variant is
+options of the method on top of them. AUROC in per cent on the task's first OOD set, mean ± standard deviation over the
+seeds of stage 2: before the first step, the best of the checks and the step it was seen at, at the step chosen on IND
+images where some were kept from training, after the last step. The table goes to the terminal, everything behind it to
+a JSON file.
 """
 
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import eval
-from utils import check_writable, run_command
+from training.options import option, parse_options, split_options
+from utils import UserError, check_writable, run_command
 
 VARIANTS = (
     "",
@@ -40,7 +41,9 @@ VARIANTS = (
     "--loss-energy ind",
     "--score-energy all",
 )
-THE_METHOD = "as published"
+CHANGEABLE = [*(name for name in eval.METHOD if name != "ood_dataset"), "precision"]  # what decides a configuration
+OF_ONE_RUN = ("baselines", "save_scores", "save_detector")
+HEADER = ("options of eval", "mode", "start", "best (step)", "validated (step)", "last", "IND accuracy", "seconds")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -49,7 +52,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--variant",
         action="append",
-        help="options of eval, quoted, as in --variant='--sigma 1'; '' is the method itself; may be repeated "
+        help="options of the method, quoted, as in --variant='--sigma 1'; '' is the method itself; may be repeated "
         "(default: a list of them)",
     )
     return parser
@@ -58,22 +61,46 @@ def get_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     from utils import write_json
 
-    setup = eval.read_arguments(args)
-    variants = list(dict.fromkeys(VARIANTS if args.variant is None else args.variant))
-    configs = {variant: variant_config(args, setup, variant) for variant in variants}
+    setup, configs = read_arguments(args)
     output = args.output or Path("results") / f"ablations_{setup.task_name}_{setup.partition}.json"
     check_writable(output)
     inputs = eval.load(args, setup)
     results = ablate(setup, inputs, configs)
     method = {"config": asdict(eval.make_config(args, setup)) | {"tune": args.tune}}
     write_json(output, eval.describe("benchmarks.ablations", args, setup, inputs) | method | results)
-    print(f"\n{markdown(results)}\n\nwrote {output}")
+    print(f"\n{table(results)}\n\nwrote {output}")
+
+
+def read_arguments(args: argparse.Namespace) -> tuple[eval.Setup, dict[str, tuple[object, str]]]:
+    """Check the arguments before anything is loaded.
+
+    Returns:
+        what all variants share; for each variant its configuration and what it tunes.
+
+    Raises:
+        UserError: an option or a variant cannot be.
+    """
+    for name in OF_ONE_RUN:
+        if getattr(args, name) is not None:
+            raise UserError(f"{option(name)} is of one run, not of a table of many; give it to eval")
+    setup = eval.read_arguments(args)
+    variants = dict.fromkeys(VARIANTS if args.variant is None else args.variant)
+    return setup, {variant: variant_config(args, setup, variant) for variant in variants}
 
 
 def variant_config(args: argparse.Namespace, setup: eval.Setup, variant: str) -> tuple[object, str]:
     """The configuration of a variant, and what it tunes. Raises `UserError`."""
-    options = get_parser().parse_args([*args.argv, *shlex.split(variant)])
-    eval.read_arguments(options)
+    flag = f"--variant={variant!r}"
+    options = parse_options(flag, get_parser(), [*args.argv, *split_options("--variant", variant)])
+    for name, value in vars(options).items():
+        if name not in CHANGEABLE and value != getattr(args, name):
+            raise UserError(
+                f"{flag}: {option(name)} is the same for all; a variant changes {', '.join(map(option, CHANGEABLE))}"
+            )
+    try:
+        eval.read_arguments(options)
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
     return eval.make_config(options, setup), options.tune
 
 
@@ -84,6 +111,7 @@ def ablate(setup: eval.Setup, inputs, configs: dict) -> dict:
         "untouched": detection rows of the classifier before fine-tuning; "variants": for each variant its
         "config", "detection" and "ind" rows, "runs" and "seconds".
     """
+    from evaluation.report import THE_METHOD
     from training.stage2 import run_stage2
 
     untouched, variants, banks = [], {}, {}
@@ -98,19 +126,21 @@ def ablate(setup: eval.Setup, inputs, configs: dict) -> dict:
     return {"untouched": untouched, "variants": variants}
 
 
-def markdown(results: dict) -> str:
-    """The table: a row for each variant and mode, the first OOD set."""
-    lines = ["| options of eval | mode | start | best (step) | validated (step) | last | IND accuracy | seconds |"]
-    lines.append("| --- " * 8 + "|")
-    for variant, result in results["variants"].items():
-        for mode in dict.fromkeys(run["mode"] for run in result["runs"]):
-            name = f"`{variant}`" if variant else THE_METHOD
-            lines.append(f"| {' | '.join([name, mode, *cells(result, mode), format(result['seconds'], '.0f')])} |")
-    ood = results["untouched"][0]["ood_dataset"]
-    for row in results["untouched"]:
-        if row["ood_dataset"] == ood:
-            lines.append(f"| untouched classifier | {row['method']} | {100 * row['auroc']:.2f}" + " | " * 6 + "|")
-    return "\n".join(lines)
+def table(results: dict) -> str:
+    """In Markdown: a row for each variant and mode, then for each score of the untouched classifier; first OOD set."""
+    from evaluation.report import THE_METHOD, markdown
+
+    rows = [
+        [f"`{variant}`" if variant else THE_METHOD, mode, *cells(result, mode), format(result["seconds"], ".0f")]
+        for variant, result in results["variants"].items()
+        for mode in dict.fromkeys(run["mode"] for run in result["runs"])
+    ]
+    rows += [
+        ["untouched classifier", row["method"], f"{100 * row['auroc']:.2f}", *["-"] * (len(HEADER) - 3)]
+        for row in results["untouched"]
+        if row["ood_dataset"] == results["untouched"][0]["ood_dataset"]
+    ]
+    return markdown(HEADER, rows)
 
 
 def cells(result: dict, mode: str) -> list[str]:

@@ -11,7 +11,6 @@ JSON object.
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
 import sys
 import tempfile
@@ -20,9 +19,19 @@ from pathlib import Path
 import eval
 import train
 from datasets.tasks import COMMANDS, add_data_arguments, all_partitions, task_from_arguments, task_names
+from training.options import check_options, option
 from utils import UserError, add_common_arguments, run_command, seed_number
 
 PRECISIONS = ("fp32", "bf16")
+SHARED = ("task", "partition", "ind_dir", "ood_dir", "image_size", "grey", "device", "data_dir")
+COMPARED = ("output", "save_scores", "save_detector", "baselines", "params_dict_name", "params_dict_name2")
+REFUSED = {  # options of train and eval -> what to do instead
+    **{name: f"give {option(name)} to benchmarks.precision itself" for name in SHARED},
+    **dict.fromkeys(("seed", "seeds"), "give --seeds to benchmarks.precision itself"),
+    **dict.fromkeys(COMPARED, "nothing but the comparison is kept; use train and eval"),
+    "precision": "both are compared",
+    "command": "--classifier-args and --cvae-args are for one network each",
+}
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -46,11 +55,17 @@ def main(args: argparse.Namespace) -> None:
     which = [*(task.options or ("--task", task_name)), "--partition", partition, "--data-dir", str(args.data_dir)]
     which += ["--device", args.device] if args.device else []
     which += [word for folder in args.ood_dir for word in ("--ood-dir", str(folder))]
+    more = {
+        name: check_options(f"--{name}-args", getattr(args, f"{name}_args"), module.get_parser(), REFUSED)
+        for name, module in {"classifier": train, "cvae": train, "eval": eval}.items()
+    }
+    eval.read_arguments(eval.get_parser().parse_args([*which, *more["eval"]]))
     found: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for seed in seeds:
             for precision in PRECISIONS:
-                for name, value in learn(args, which, seed, precision, Path(folder) / f"{seed}_{precision}").items():
+                place = Path(folder) / f"{seed}_{precision}"
+                for name, value in learn(which, more, args.quick, seed, precision, place).items():
                     found.setdefault(name, {}).setdefault(precision, []).append(value)
     lines = ["| figure | fp32 | bf16 | bf16 - fp32 |", "| --- | --- | --- | --- |"]
     figures = {}
@@ -67,19 +82,21 @@ def main(args: argparse.Namespace) -> None:
     print_json(figures | {"seeds": seeds})
 
 
-def learn(args: argparse.Namespace, which: list[str], seed: int, precision: str, folder: Path) -> dict[str, float]:
-    """Train both networks and fine-tune in one precision; figures by name. Raises `UserError`."""
+def learn(
+    which: list[str], more: dict[str, list[str]], quick: bool, seed: int, precision: str, folder: Path
+) -> dict[str, float]:
+    """Train both networks and fine-tune in one precision, with `more` options; figures by name. Raises `UserError`."""
     from training.stage2 import run_stage2
     from training.stages import STAGES
 
     which = [*which, "--precision", precision]
     paths = {command: folder / f"{network}.pkl" for command, network in COMMANDS.items()}
-    short = ["--epochs", "1"] if args.quick else []
+    short = ["--epochs", "1"] if quick else []
     for command, network in COMMANDS.items():
         argv = [*which, "--command", command, "--seed", str(seed), "--params-dict-name", str(paths[command]), *short]
-        if run_command(train.main, train.get_parser(), [*argv, *shlex.split(getattr(args, f"{network}_args"))]):
+        if run_command(train.main, train.get_parser(), [*argv, *more[network]]):
             raise UserError(f"{command} in {precision} with seed {seed} failed, see above")
-    argv = [*which, "--seeds", str(seed), *short, *shlex.split(args.eval_args)]
+    argv = [*which, "--seeds", str(seed), *short, *more["eval"]]
     argv += ["--params-dict-name", str(paths["train_classifier"]), "--params-dict-name2", str(paths["train_cvae"])]
     options = eval.get_parser().parse_args(argv)
     setup = eval.read_arguments(options)

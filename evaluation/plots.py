@@ -1,7 +1,8 @@
 """Figures of images, scores and AUROC: plain data in, a matplotlib figure out.
 
-Nothing is drawn on a screen and nothing of pyplot's state is touched. AUROC comes in as a share, as metrics and result
-files have it, and is drawn in per cent; OOD is the positive class and a larger score means more likely OOD.
+Nothing is drawn on a screen and nothing of pyplot's state is touched; matplotlib is imported only to draw. AUROC comes
+in as a share, as metrics and result files have it, and is drawn in per cent; OOD is the positive class and a larger
+score means more likely OOD.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from evaluation.metrics import auroc
-from evaluation.report import mean_and_sd
+from evaluation.report import THE_METHOD, mean_and_sd
 from utils import replacing
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def line_styles(names: Sequence[str]) -> dict[str, dict]:
 
 
 def styled(function: Callable) -> Callable:
-    """`function` under `STYLE`, whatever the user's own settings are. Only here is matplotlib imported."""
+    """`function` under `STYLE`, whatever the user's own settings are."""
 
     @wraps(function)
     def under_style(*args, **kwargs):
@@ -180,26 +181,29 @@ BINS = 40
 REACH = 0.002  # share of each kind's scores, at either end, that may lie beyond the axis
 LEAST = 1e-16  # probability of which log-odds are taken, or by which one may fall short of 1
 SCORE_NAMES = {
-    "CMG-energy": "CMG-energy score: −logsumexp of the IND logits",
+    "CMG-energy": "CMG-energy score: −logsumexp of {energies}",
     "CMG-softmax": "CMG-softmax score: probability of the OOD slot",
 }
 MARGIN_NAMES = (r"$m_\mathrm{in}$", r"$m_\mathrm{out}$")
-MARGINS_NOTE = (
-    f"{MARGIN_NAMES[0]} and {MARGIN_NAMES[1]}: margins of the loss. "
-    "They are energies over all logits, the score is over the IND logits only."
-)
+MARGINS_NOTE = f"{MARGIN_NAMES[0]} and {MARGIN_NAMES[1]}: margins of the loss."
+ENERGIES = {"ind": "the IND logits", "all": "all logits"}  # over which an energy is, as eval's options name it
 BEYOND_NOTE = "The outermost bins hold what lies beyond them too."
 
 
 @styled
 def score_histograms(
-    detector: str, scores: Mapping[str, Sequence[float]], margins: tuple[float, float] | None = None
+    detector: str,
+    scores: Mapping[str, Sequence[float]],
+    margins: tuple[float, float] | None = None,
+    loss_energy: str = "all",
+    score_energy: str = "ind",
 ) -> Figure:
     """How one detector scores up to three kinds of images.
 
     Args:
         scores: kind of images -> scores [N], IND images first: the legend tells the AUROC of the others against them.
         margins: m_in and m_out of CMG-energy, to be marked.
+        loss_energy, score_energy: logits of the energies that its margins and its score are, "all" or "ind".
 
     Probabilities, which is what scores all within [0, 1] are, are drawn as log-odds: nearly all are close to 0 or 1.
     """
@@ -207,11 +211,13 @@ def score_histograms(
     (_, ind), *others = scores.items()
     legend = {kind: f"{kind}\nn = {len(part):,}" for kind, part in scores.items()}
     legend |= {kind: f"{legend[kind]}\nAUROC {_per_cent(_auroc(ind, part))}" for kind, part in others}
-    name = SCORE_NAMES.get(detector, f"{detector} score")
+    name = SCORE_NAMES.get(detector, "{detector} score").format(detector=detector, energies=ENERGIES[score_energy])
     if all(part.min() >= 0 and part.max() <= 1 for part in scores.values()):
         scores, name = {kind: log_odds(part) for kind, part in scores.items()}, f"{name}, as log-odds"
     edges = bin_edges([*scores.values()], margins or ())
     notes = [MARGINS_NOTE] if margins else []
+    if margins and loss_energy != score_energy:
+        notes[0] += f" They are energies over {ENERGIES[loss_energy]}, the score is over {ENERGIES[score_energy]}."
     if any(part.min() < edges[0] or part.max() > edges[-1] for part in scores.values()):
         notes.append(BEYOND_NOTE)
 
@@ -395,7 +401,7 @@ def sweep(
     axes.set_xticks([], minor=True)
     axes.set_xlabel(option)
     if own is not None:
-        _mark_value(axes, own, "the method")
+        _mark_value(axes, own, THE_METHOD)
     _name_lines(axes, ends, baselines, "AUROC after the last step, %")
     return figure
 

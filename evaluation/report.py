@@ -1,9 +1,9 @@
-"""From scores to figures, and from figures to a table and a JSON file."""
+"""From scores to figures, and from figures to tables, as text and in Markdown."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from evaluation.metrics import accuracy, detection_metrics, expected_calibration
 from evaluation.scores import energy, msp_score
 
 IND_TEST, PSEUDO = "IND test", "pseudo-OOD"  # image sets, beside the OOD sets
+THE_METHOD = "the method"  # what is compared with changes of it
 POSITIVE_CLASS = "OOD is the positive class; a larger score means more likely OOD"
 
 # Scores of the untouched classifier, over all its logits.
@@ -87,6 +88,12 @@ def align(lines: list[list[str]]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def mean_and_sd(values: list[float]) -> str:

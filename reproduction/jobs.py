@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import importlib
 import json
 import os
@@ -22,6 +21,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from utils import Stopped, UserError, run_command, write_json
+
+try:
+    import fcntl
+except ImportError:  # no advisory locks there: then do not start the same job twice at once
+    fcntl = None
 
 
 @dataclass(frozen=True)
@@ -98,11 +102,12 @@ def read_job(folder: Path) -> Job:
 def run_job(folder: Path) -> int:
     """Do what is left of a job, logging to its folder; return the exit status of the step that failed, or 0.
 
-    Another process that runs the same job is waited for.
+    Another process that runs the same job is waited for, where there are locks.
     """
     job = read_job(folder)
     with open(job.log, "a", buffering=1) as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        fcntl.flock(log, fcntl.LOCK_EX)
+        if fcntl is not None:
+            fcntl.flock(log, fcntl.LOCK_EX)
         for step in job.steps:
             records = job.records()
             if step.name in records:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,10 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from reproduction.jobs import Job, run_job
-from utils import UserError, write_json
+from utils import STOP_SIGNALS, Stopped, UserError, handling, raise_stopped, write_json
 
 POLL_SECONDS = 0.2
 FREE_SHARE = 0.9  # of the memory of a GPU that nobody uses
+TIME_OUTS = 30  # so often a job may go on after its time was up; submitit's 3 would end a long training
 
 
 def local_slots(device: str | None, jobs: int | None) -> list[dict[str, str]]:
@@ -92,10 +94,35 @@ def run_local(
 
 
 class ClusterJob:
-    """A job as submitit runs it: again from where it stood when its time is up or it is preempted."""
+    """A job as submitit runs it: again from where it stood when its time is up or it is preempted.
+
+    Slurm sends SIGTERM to warn a job that it will be killed, whether it is preempted, out of time or cancelled: the
+    step under way saves what it has, and goes on. At submitit's own signal it saves what it has, too, and submitit
+    puts the job into the queue again.
+    """
 
     def __call__(self, folder: str) -> int:
-        status = run_job(Path(folder))
+        import submitit
+        import torch  # noqa: F401  a signal amid its import would leave a half of it to the step that goes on
+
+        last_call = getattr(signal, f"SIG{submitit.JobEnvironment.USR_SIG}")
+        requeue = signal.getsignal(last_call)
+        leaving = {128 + last_call}  # exit statuses of a step with which the job leaves
+
+        def leave(signum: int, frame: object) -> None:
+            leaving.add(128 + signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # which the step, whatever it is, knows
+
+        with handling(raise_stopped):  # between the steps, which have handlers of their own
+            if last_call not in STOP_SIGNALS:
+                signal.signal(last_call, leave)
+            try:
+                while (status := stoppable(folder)) == 128 + signal.SIGTERM and status not in leaving:
+                    pass
+            finally:
+                signal.signal(last_call, requeue)
+        if status in leaving:
+            requeue(last_call, None)  # does not return
         if status:
             raise RuntimeError(f"{folder}: exit status {status}, see log.txt there")
         return status
@@ -105,6 +132,14 @@ class ClusterJob:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, folder)
+
+
+def stoppable(folder: str) -> int:
+    """`run_job`, with an exit status also where a signal comes between two steps."""
+    try:
+        return run_job(Path(folder))
+    except Stopped as stop:
+        return 128 + stop.signum
 
 
 def submit(jobs: Sequence[Job], folder: Path, cluster: str = "slurm", **parameters: object) -> dict[str, str]:
@@ -119,21 +154,29 @@ def submit(jobs: Sequence[Job], folder: Path, cluster: str = "slurm", **paramete
         the number in the queue of each job, by name.
 
     Raises:
-        UserError: submitit is not installed, or there is no Slurm here.
+        UserError: submitit is not installed, there is no Slurm here, or a parameter cannot be.
     """
     try:
         import submitit
     except ImportError:
         raise UserError("--launcher slurm needs submitit: pip install submitit") from None
+    time_outs = parameters.pop("slurm_max_num_timeout", TIME_OUTS)  # of the executor itself, not of what it submits
+    if not isinstance(time_outs, int):
+        raise UserError(f"--slurm slurm_max_num_timeout={time_outs}: expected a whole number")
     queue = folder / "queue.json"
     numbers = json.loads(queue.read_text()) if queue.is_file() else {}
     waiting = [job for job in jobs if not is_queued(numbers.get(job.name), folder, cluster)]
     if waiting:
         try:
-            executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+            executor = submitit.AutoExecutor(folder=folder, cluster=cluster, slurm_max_num_timeout=time_outs)
         except RuntimeError as error:
             raise UserError(f"--launcher slurm: {error}; run it where sbatch is, or use --launcher local") from None
-        executor.update_parameters(**parameters)
+        for name, value in parameters.items():  # one by one, so that the wrong one can be named
+            try:
+                executor.update_parameters(**{name: value})
+            except (NameError, TypeError, ValueError, AssertionError) as error:
+                reason = str(error).partition("\n")[0]
+                raise UserError(f"--slurm {name}={value}: submitit does not take it: {reason}") from None
         submitted = executor.map_array(ClusterJob(), [str(job.folder) for job in waiting])
         numbers |= {job.name: one.job_id for job, one in zip(waiting, submitted, strict=True)}
         write_json(queue, numbers)

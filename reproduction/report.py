@@ -9,7 +9,7 @@ from pathlib import Path
 
 from evaluation.page import Code, Facts, Heading, Picture, Section, Table, Text, write_page
 from evaluation.plots import auroc_over_steps, figure_bytes, roc_curves, save_figure, score_histograms, sweep
-from evaluation.report import IND_TEST, PSEUDO
+from evaluation.report import IND_TEST, PSEUDO, THE_METHOD, markdown
 from reproduction import tables
 from reproduction.tables import Result
 from utils import replacing, write_json
@@ -52,7 +52,7 @@ def write_report(folder: Path, about: dict, results: Sequence[Result], samples: 
     if changes:
         parts["Ablations"] = (ablation_cells(changes), ABLATIONS)
     text = [f"# CMG: {about['task']}", f"```sh\n{about['command']}\n```"]
-    text += [f"## {name}\n\n{tables.markdown(*cells)}\n\n{note}".rstrip() for name, (cells, note) in parts.items()]
+    text += [f"## {name}\n\n{markdown(*cells)}\n\n{note}".rstrip() for name, (cells, note) in parts.items()]
     text.append("\n".join(f"* {name}: {value}" for name, value in facts(about).items()))
     with replacing(folder / "table.md") as temporary:
         temporary.write_text("\n\n".join(text) + "\n")
@@ -63,7 +63,7 @@ def write_report(folder: Path, about: dict, results: Sequence[Result], samples: 
     sections += [Heading("Pictures"), *pictures]
     sections += [Heading("How this was made"), Code(about["command"]), Facts(facts(about))]
     write_page(folder / "report.html", f"CMG: {about['task']}", sections)
-    return tables.markdown(*parts["Detection"][0])
+    return markdown(*parts["Detection"][0])
 
 
 def facts(about: dict) -> dict[str, object]:
@@ -83,7 +83,7 @@ def ablation_cells(changes: dict) -> tuple[list[str], list[list[str]]]:
     for variant, one in changes["variants"].items():
         last = [row for row in one["detection"] if row["at"] == "last" and row["ood_dataset"] == ood]
         found = {row["method"]: row for row in tables.summarise(last, ("method",), ["auroc"])}
-        rows.append([variant or "the method", *(tables.cell(found[mode]["auroc"]) for mode in modes)])
+        rows.append([variant or THE_METHOD, *(tables.cell(found[mode]["auroc"]) for mode in modes)])
     return ["options of eval", *(f"{mode}, AUROC last" for mode in modes)], rows
 
 
@@ -97,6 +97,7 @@ def draw(folder: Path, results: Sequence[Result], samples: Path, changes: dict |
     untouched = {row["method"]: row["auroc"] for row in first.content["detection"] if is_baseline(row, ood)}
     shown = {name: untouched[name] for name in ("MSP", "energy")}
     where = f"{first.partition}, training seed {first.seed}"
+    energies = {option: first.content["config"][option] for option in ("loss_energy", "score_energy")}
     figures = {}
     for run in first.content["runs"]:
         mode = run["mode"]
@@ -104,7 +105,7 @@ def draw(folder: Path, results: Sequence[Result], samples: Path, changes: dict |
         scores = {label: first.of(mode, "last", name) for name, label in sets.items()}
         margins = run["margins"] and (run["margins"]["m_in"], run["margins"]["m_out"])
         caption = f"Scores of {mode} after the last step; {where}."
-        figures[f"scores_{mode}"] = (score_histograms(mode, scores, margins), caption)
+        figures[f"scores_{mode}"] = (score_histograms(mode, scores, margins, **energies), caption)
     detectors = {row["method"]: "untouched" for row in first.content["detection"] if is_baseline(row, ood)}
     detectors |= {run["mode"]: "last" for run in first.content["runs"]}
     curves = {name: tuple(first.of(name, at, images) for images in (IND_TEST, ood)) for name, at in detectors.items()}

@@ -168,12 +168,6 @@ def difference_cells(found: Sequence[dict]) -> tuple[list[str], list[list[str]]]
     return ["OOD set", "CMG", "best of the others", "AUROC difference", "95 % interval", "CMG"], rows
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def notes(summary: Sequence[dict]) -> str:
     """What the words in the table mean."""
     used = {row["at"] for row in summary}

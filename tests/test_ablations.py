@@ -11,7 +11,7 @@ import pytest
 import eval
 import train
 from benchmarks import ablations, precision
-from benchmarks.ablations import cells, markdown
+from benchmarks.ablations import HEADER, cells, table
 from datasets.tasks import COMMANDS
 from evaluation.report import mean_and_sd
 from reproduction.report import ablation_cells, own_value, sweep_points
@@ -42,7 +42,14 @@ def test_ablations_are_runs_of_eval_with_those_options(place, monkeypatch, capsy
     printed = capsys.readouterr().out
     found = json.loads(Path("a.json").read_text())
     assert list(found["variants"]) == variants and found["config"]["sigma"] == 3.0
-    assert markdown(found) in printed
+    assert table(found) in printed
+    header, rule, *lines = table(found).splitlines()
+    assert [line.count("|") for line in (header, rule, *lines)] == [len(HEADER) + 1] * (2 + 4 * 2 + 2)
+    assert [line.split(" | ")[0] for line in lines[::2]] == [
+        "| the method", *(f"| `{variant}`" for variant in variants[1:]), "| untouched classifier"
+    ]  # fmt: skip
+    msp = next(row["auroc"] for row in found["untouched"] if row["method"] == "MSP")
+    assert f"| untouched classifier | MSP | {100 * msp:.2f} | - | - | - | - | - |" in lines
     for variant in variants:
         argv = ["--device", "cpu", "--precision", "fp32", "--epochs", "1", "--seeds", "1", "2", "--output", "b.json"]
         assert run_command(eval.main, eval.get_parser(), [*argv, *variant.split()]) == 0
@@ -70,11 +77,70 @@ def test_ablations_are_runs_of_eval_with_those_options(place, monkeypatch, capsy
 
 def test_a_variant_that_is_no_option_of_eval_is_named(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
-    with pytest.raises(SystemExit):
-        run_ablations("--variant=--sigma none", "--output", "c.json")
-    assert "argument --sigma: 'none' is not a number" in capsys.readouterr().err
-    assert run_ablations("--variant=--tune joint --anchor 1", "--output", "c.json") == 2
-    assert "--tune joint goes without it" in capsys.readouterr().err and not Path("c.json").exists()
+    joint = "--tune joint --anchor 1"
+    for variant, message in {
+        "--sigma none": "--variant='--sigma none': argument --sigma: 'none' is not a number",
+        "--sigmas 1": "--variant='--sigmas 1': unrecognized arguments: --sigmas 1",
+        "--mixing 'coin": """--variant: "--mixing 'coin" cannot be split into options: no closing quotation""",
+        joint: f"--variant={joint!r}: --anchor says how a head is fine-tuned; --tune joint goes without it",
+    }.items():
+        assert run_ablations(f"--variant={variant}", "--output", "c.json") == 2
+        assert capsys.readouterr().err == f"benchmarks.ablations: error: {message}\n" and not Path("c.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("variant", "flag"),
+    [
+        ("--mode CMG-softmax", "--mode"),
+        ("--seeds 9", "--seeds"),
+        ("--sigma 2 --ood-dataset held-out-classes", "--ood-dataset"),
+        ("--partition partition2", "--partition"),
+        ("--output x.json", "--output"),
+        ("--params-dict-name x.pkl", "--params-dict-name"),
+        ("--save-scores x.npz", "--save-scores"),
+        ("--variant ''", "--variant"),
+    ],
+)
+def test_a_variant_that_changes_something_else_is_refused(place, monkeypatch, capsys, variant, flag):
+    monkeypatch.chdir(place)
+    assert run_ablations(f"--variant={variant}", "--output", "c.json") == 2
+    changes = (
+        "--epochs, --batch-size, --lr, --sigma, --mixing, --mixing-probability, --pseudo-batch-size, --loss-energy, "
+        "--score-energy, --check-every, --margins, --tune, --anchor, --pseudo-pool, --precision"
+    )
+    message = f"--variant={variant!r}: {flag} is the same for all; a variant changes {changes}"
+    assert capsys.readouterr().err == f"benchmarks.ablations: error: {message}\n" and not Path("c.json").exists()
+
+
+@pytest.mark.parametrize("given", [["--baselines"], ["--save-scores", "x.npz"], ["--save-detector", "x.pt"]])
+def test_what_eval_does_for_one_run_is_refused(place, monkeypatch, capsys, given):
+    monkeypatch.chdir(place)
+    assert run_ablations(*given, "--output", "c.json") == 2
+    message = f"{given[0]} is of one run, not of a table of many; give it to eval"
+    assert capsys.readouterr().err == f"benchmarks.ablations: error: {message}\n" and not Path("c.json").exists()
+
+
+OWN = "give {0} to benchmarks.precision itself"
+HANDED_ON = {  # what is handed on -> the error
+    "--classifier-args=--seed 4": f"--classifier-args: no --seed here: {OWN.format('--seeds')}",
+    "--eval-args=--seeds 4 5": f"--eval-args: no --seeds here: {OWN.format('--seeds')}",
+    "--cvae-args=--device cpu": f"--cvae-args: no --device here: {OWN.format('--device')}",
+    "--eval-args=--precision bf16": "--eval-args: no --precision here: both are compared",
+    "--eval-args=--output x": "--eval-args: no --output here: nothing but the comparison is kept; use train and eval",
+    "--cvae-args=--command train_cvae": "--cvae-args: no --command here: --classifier-args and --cvae-args are for one "
+    "network each",
+    "--eval-args=--sigma": "--eval-args: argument --sigma: expected one argument",
+    "--eval-args=--sigma '1": """--eval-args: "--sigma '1" cannot be split into options: no closing quotation""",
+    "--eval-args=--tune joint --anchor 1": "--anchor says how a head is fine-tuned; --tune joint goes without it",
+}
+
+
+@pytest.mark.parametrize("given", HANDED_ON)
+def test_precision_checks_what_it_hands_on_before_it_trains(tmp_path, monkeypatch, capsys, given):
+    monkeypatch.chdir(tmp_path)
+    assert run_command(precision.main, precision.get_parser(), ["--quick", "--device", "cpu", given]) == 2
+    printed = capsys.readouterr()
+    assert printed.err == f"benchmarks.precision: error: {HANDED_ON[given]}\n" and printed.out == ""
 
 
 def test_precision_compares_the_same_seeds(tmp_path, monkeypatch, capsys):

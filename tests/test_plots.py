@@ -137,7 +137,25 @@ def test_histograms_hold_every_score_once_and_name_the_auroc():
     assert lines_of(figure)[r"$m_\mathrm{out}$"][:, 0].tolist() == [-3.5, -3.5]
     assert figure.axes[0].get_xlabel() == "CMG-energy score: −logsumexp of the IND logits\nlarger: more likely OOD"
     note = figure.get_supxlabel()
-    assert "energies over all logits, the score is over the IND logits only" in note and "hold what lies beyond" in note
+    assert (
+        "They are energies over all logits, the score is over the IND logits." in note
+        and "hold what lies beyond" in note
+    )
+
+
+@pytest.mark.parametrize(
+    ("loss", "score", "xlabel", "remark"),
+    [
+        ("all", "ind", "the IND logits", " They are energies over all logits, the score is over the IND logits."),
+        ("ind", "all", "all logits", " They are energies over the IND logits, the score is over all logits."),
+        ("ind", "ind", "the IND logits", ""),
+        ("all", "all", "all logits", ""),
+    ],
+)
+def test_that_margins_and_score_differ_is_said_where_they_do(loss, score, xlabel, remark):
+    figure = plots.score_histograms("CMG-energy", {"IND": [-9.0, -8.0], "OOD": [-3.0]}, (-8.5, -3.5), loss, score)
+    assert figure.axes[0].get_xlabel() == f"CMG-energy score: −logsumexp of {xlabel}\nlarger: more likely OOD"
+    assert figure.get_supxlabel().splitlines()[0] == plots.MARGINS_NOTE + remark
 
 
 def auroc_of(ind, ood) -> float:

@@ -18,9 +18,11 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 import reproduce
+from evaluation import plots
+from evaluation.report import markdown
 from reproduction.jobs import Job, Step, last_line, read_job, run_job
 from reproduction.launchers import is_queued, local_slots, run_local, submit
-from reproduction.tables import cell, markdown, summarise
+from reproduction.tables import cell, summarise
 from utils import UserError, run_command
 
 ROOT = Path(__file__).parents[1]
@@ -97,6 +99,24 @@ def test_the_report_holds_tables_and_pictures(reproduced):
     assert page.count("<figure>") == 5 and not re.search(r'(src|href)="(?!data:|#)', page)
     names = {path.name for path in (reproduced / "figures").iterdir()}
     assert names == {"scores_CMG-energy.png", "scores_CMG-softmax.png", "roc.png", "steps.png"}
+
+
+def test_the_histograms_say_which_energies_they_are_of(reproduced, tmp_path, monkeypatch):
+    from reproduction import report
+    from reproduction.tables import read_result
+
+    folder, drawn = reproduced / "partition1_seed1", []
+
+    def score_histograms(*args, **energies):
+        drawn.append((args[0], energies))
+        return plots.score_histograms(*args, **energies)
+
+    monkeypatch.setattr(report, "score_histograms", score_histograms)
+    result = read_result("partition1", 1, folder / "eval.json", folder / "scores.npz")
+    result.content["config"]["score_energy"] = "all"
+    report.draw(tmp_path, [result], tmp_path / "none", None)
+    expected = {"loss_energy": "all", "score_energy": "all"}
+    assert drawn == [("CMG-energy", expected), ("CMG-softmax", expected)]
 
 
 def test_what_is_done_is_not_repeated(reproduced, capsys, monkeypatch):
@@ -226,6 +246,63 @@ def test_arguments_that_cannot_be_are_named(tmp_path, monkeypatch, capsys, argv,
     assert not any(path.suffix == ".pkl" for path in tmp_path.rglob("*"))
 
 
+OWN = "give {0} to reproduce itself"
+FILES = "give --output to reproduce itself: the folder of all files"
+HANDED_ON = {  # what is handed on -> the error
+    "--eval-args=--seeds 1 2 3": "no --seeds here: give --seeds to reproduce itself: how many",
+    "--classifier-args=--seed 4": "no --seed here: give --seeds to reproduce itself: how many",
+    "--eval-args=--output x": f"no --output here: {FILES}",
+    "--eval-args=--outp x": f"no --output here: {FILES}",  # as argparse takes it
+    "--eval-args=--save-scores x": f"no --save-scores here: {FILES}",
+    "--cvae-args=--params-dict-name x": f"no --params-dict-name here: {FILES}",
+    "--eval-args=--params-dict-name2 x": f"no --params-dict-name2 here: {FILES}",
+    "--cvae-args=--command train_cvae": "no --command here: --classifier-args and --cvae-args are for one network each",
+    "--eval-args=--save-detector x": "no --save-detector here: every job would write the same file; run eval on the "
+    "networks of one",
+    "--classifier-args=--partition partition2": "no --partition here: give --partitions to reproduce itself",
+    "--eval-args=--mode all": "no --mode here: give --modes to reproduce itself",
+    "--eval-args=--ood-dataset all": f"no --ood-dataset here: {OWN.format('--ood-dataset')}",
+    "--eval-args=--baselines": f"no --baselines here: {OWN.format('--baselines')}",
+    "--eval-args=--ood-dir x": f"no --ood-dir here: {OWN.format('--ood-dir')}",
+    "--classifier-args=--ind-dir x": f"no --ind-dir here: {OWN.format('--ind-dir')}",
+    "--classifier-args=--image-size 32": f"no --image-size here: {OWN.format('--image-size')}",
+    "--cvae-args=--grey": f"no --grey here: {OWN.format('--grey')}",
+    "--eval-args=--task same_dataset_digits": f"no --task here: {OWN.format('--task')}",
+    "--cvae-args=--device cpu": f"no --device here: {OWN.format('--device')}",
+    "--classifier-args=--data-dir x": f"no --data-dir here: {OWN.format('--data-dir')}",
+    "--eval-args=--sigmas 1": "unrecognized arguments: --sigmas 1",
+    "--eval-args=KNN": "unrecognized arguments: KNN",
+    "--classifier-args=--epochs 0": "argument --epochs: 0 is out of range: expected above 0",
+    "--cvae-args=--log 'a b": """"--log 'a b" cannot be split into options: no closing quotation""",
+    "--eval-args=--tune joint --anchor 1": "--anchor says how a head is fine-tuned; --tune joint goes without it",
+}
+
+
+@pytest.mark.parametrize("given", HANDED_ON)
+def test_what_is_handed_on_is_checked_before_the_work(tmp_path, monkeypatch, capsys, given):
+    monkeypatch.chdir(tmp_path)
+    assert run("--baselines", "KNN", given) == 2
+    assert capsys.readouterr().err == f"reproduce: error: {given.split('=')[0]}: {HANDED_ON[given]}\n"
+    assert not any(tmp_path.iterdir())
+
+
+def test_options_that_do_not_go_with_the_ablations_are_found_before_the_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("--ablations", "--eval-args=--tune joint") == 2
+    message = (
+        "--eval-args: --variant='--anchor 0.1': --anchor says how a head is fine-tuned; --tune joint goes without it"
+    )
+    assert capsys.readouterr().err == f"reproduce: error: {message}\n" and not any(tmp_path.iterdir())
+
+
+def test_what_is_handed_on_reaches_its_step(tmp_path):
+    given = ["--classifier-args=--log 'a b'", "--cvae-args=--precision fp32", "--eval-args=--sigma 2", "--ablations"]
+    _, (job, *_) = reproduce.make_jobs(reproduce.get_parser().parse_args([*given, "--output", str(tmp_path)]))
+    last = {step.name: step.argv[-2:] for step in job.steps if step.name != "samples"}
+    sigma, own = ("--sigma", "2"), {"train_classifier": ("--log", "a b"), "train_cvae": ("--precision", "fp32")}
+    assert last == own | {"eval": sigma, "ablations": sigma}
+
+
 # --- jobs and launchers -------------------------------------------------------------------------
 
 
@@ -263,6 +340,14 @@ def test_steps_are_done_once_and_again_when_their_options_change(tmp_path):
     assert not changed.is_done
     assert run_job(job.folder) == 0 and changed.is_done
     assert (job.folder / "1.txt").read_text() == "new"
+
+
+def test_where_there_are_no_locks_jobs_run_all_the_same(tmp_path):
+    job = tiny_job(tmp_path / "a", WRITES)
+    code = (
+        "import sys; sys.modules['fcntl'] = None; from reproduction.jobs import run_job; sys.exit(run_job(sys.argv[1]))"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(job.folder)], cwd=ROOT).returncode == 0 and job.is_done
 
 
 def test_a_step_that_fails_ends_the_job_with_its_status(tmp_path):
@@ -346,11 +431,108 @@ def test_without_submitit_it_is_one_line(tmp_path, monkeypatch):
         submit([], tmp_path)
 
 
-def test_a_job_that_ran_out_of_time_is_queued_again(tmp_path):
+def test_warned_a_cluster_job_goes_on_and_at_the_last_call_it_is_queued_again(tmp_path, monkeypatch):
+    """Real signals, through submitit's executor for this machine: SIGTERM, as of Slurm, then submitit's own."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    job = tiny_job(tmp_path / "a", WRITES, "tests.waits_for_signals")
+    submit([job], tmp_path / "queue", cluster="local", timeout_min=5)
+    starts = tmp_path / "a" / "1.txt.starts"
+
+    def started(count: int) -> list[int]:
+        wait_for(lambda: starts.is_file() and len(starts.read_text().splitlines()) == count)
+        return [int(line) for line in starts.read_text().splitlines()]
+
+    (first,) = started(1)
+    os.kill(first, signal.SIGTERM)
+    assert started(2) == [first, first]  # the same process goes on
+    os.kill(first, signal.SIGUSR2)
+    *_, again = started(3)
+    assert again != first
+    wait_for(lambda: job.is_done)
+    log = job.log.read_text()
+    assert log.count("waits: stopped by SIGTERM") == 2 and log.count("$ python -m tests.writes_a_file") == 1
+    printed = "".join(path.read_text() for path in (tmp_path / "queue").glob("*_log.*"))
+    assert "Requeued job" in printed and "RuntimeError" not in printed
+
+
+@pytest.mark.parametrize("preempt", ["USR1", "TERM"])  # as SUBMITIT_PREEMPT_SIGNAL may name them: the steps know both
+def test_submitits_signal_may_be_one_that_stops_a_step(tmp_path, monkeypatch, preempt):
+    from reproduction.launchers import ClusterJob
+
+    requeued = []
+    monkeypatch.setattr("submitit.JobEnvironment.USR_SIG", preempt)
+    monkeypatch.setattr("reproduction.launchers.run_job", lambda folder: 128 + last_call)
+    last_call = getattr(signal, f"SIG{preempt}")
+    before = signal.signal(last_call, lambda signum, frame: requeued.append(signum))
+    try:
+        with pytest.raises(RuntimeError, match=f"exit status {128 + last_call}"):  # submitit's handler does not return
+            ClusterJob()(str(tmp_path))
+    finally:
+        signal.signal(last_call, before)
+    assert requeued == [last_call]
+
+
+def test_a_signal_between_two_steps_counts_like_one_within(tmp_path, monkeypatch):
+    from reproduction.launchers import ClusterJob
+
+    calls = []
+
+    def between(folder: Path) -> int:
+        calls.append(folder)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return 0
+
+    monkeypatch.setattr("reproduction.launchers.run_job", between)
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR2)}
+    assert ClusterJob()("folder") == 0 and calls == [Path("folder")] * 2
+    assert {signum: signal.getsignal(signum) for signum in before} == before
+
+
+def test_what_is_queued_again_is_the_same_job():
     from reproduction.launchers import ClusterJob
 
     again = ClusterJob().checkpoint("folder")
     assert isinstance(again.function, ClusterJob) and again.args == ("folder",)
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, 30), ({"slurm_max_num_timeout": 7}, 7)])
+def test_time_may_be_up_often(tmp_path, monkeypatch, given, expected):
+    class Executor:
+        def __init__(self, folder, cluster, slurm_max_num_timeout):
+            assert (cluster, slurm_max_num_timeout) == ("slurm", expected)
+
+        def update_parameters(self, timeout_min):
+            assert timeout_min == 60
+
+        def map_array(self, function, folders):
+            return [type("Submitted", (), {"job_id": "5_0"}) for _ in folders]
+
+    monkeypatch.setattr("submitit.AutoExecutor", Executor)
+    assert submit([tiny_job(tmp_path / "a", WRITES)], tmp_path / "queue", timeout_min=60, **given) == {"a": "5_0"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("nonsense", 1, "Parameter 'nonsense' need to be prefixed by an executor name."),
+        ("slurm_nonsense", 1, "Unknown argument 'nonsense' for executor 'slurm' in parameter 'slurm_nonsense'. Valid"),
+        ("gpu_partition", "a", "Unknown executor 'gpu' in parameter 'gpu_partition'."),
+        ("mem_gb", "much", 'Parameter "mem_gb" expected type '),  # an AssertionError of submitit
+        ("nodes", 2, "LocalExecutor can use only one node. Use nodes=1"),
+    ],
+)
+def test_a_parameter_that_submitit_does_not_take_is_one_line(tmp_path, name, value, reason):
+    job = tiny_job(tmp_path / "a", WRITES)
+    with pytest.raises(UserError) as raised:
+        submit([job], tmp_path / "queue", cluster="local", **{"timeout_min": 1, name: value})
+    assert str(raised.value).startswith(f"--slurm {name}={value}: submitit does not take it: {reason}")
+    assert "\n" not in str(raised.value) and not (tmp_path / "queue" / "queue.json").exists()
+
+
+def test_time_outs_are_a_number(tmp_path):
+    with pytest.raises(UserError, match="^--slurm slurm_max_num_timeout=often: expected a whole number$"):
+        submit([], tmp_path, slurm_max_num_timeout="often")
 
 
 # --- tables -------------------------------------------------------------------------------------
