@@ -57,6 +57,7 @@ METHOD = (
     "tune",
     "anchor",
     "pseudo_pool",
+    "precision",
 )
 NOT_JOINT = ("pseudo_batch_size", "check_every", "anchor", "pseudo_pool", "save_detector")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
 import hashlib
 import json
 import math
@@ -374,15 +375,21 @@ def check_writable(path: Path, room: int = 0) -> None:
     """Find out before the work starts that `path` can be written, with `room` bytes free.
 
     Raises:
-        UserError: it is a folder, its folder cannot be made or written, or the disk is too full.
+        UserError: it is a folder, its folder cannot be made or written, its name is too long, or the disk is too full.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"cannot write {path}: it is a folder; name a file")
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, probe = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # a name as in `replacing`
+            os.close(handle)
+            Path(probe).unlink(missing_ok=True)  # another process may have taken it for a leftover
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            raise UserError(f"cannot write {path}: the name is too long; give a shorter one") from None
         free = shutil.disk_usage(path.parent).free
     if free < room:
         needed = f"{free / 1e6:,.0f} MB are free, {room / 1e6:,.0f} MB are needed"

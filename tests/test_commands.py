@@ -446,7 +446,13 @@ def test_names_of_results_say_what_was_changed():
 
     assert name() == "t_p_m_seed1-2.json"
     assert name("--anchor", 0.1, "--margins", 0.3, 0.7) == "t_p_m_seed1-2_margins-0.3-0.7_anchor-0.1.json"
+    assert name("--precision", "fp32", "--lr", 0.1) == "t_p_m_seed1-2_lr-0.1_precision-fp32.json"
     assert name("--ood-dataset", "SVHN", "LSUN") == "t_p_m_seed1-2_ood_dataset-SVHN-LSUN.json"
+
+
+def test_a_default_name_that_is_too_long_is_found_before_the_work(workplace, capsys):
+    line = error_of(capsys, eval, "--seeds", *range(100))
+    assert re.search(r"cannot write results/.*_seed0-1-.*-99\.json: the name is too long; give a shorter one$", line)
 
 
 # --- errors: data -------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -280,6 +281,15 @@ def test_a_path_that_cannot_be_written_is_found_before_training(tiny, capsys, op
     Path("file").write_text("")
     assert tiny(option, "file/below.pkl", stop={0: signal.SIGTERM}) == 2
     assert "cannot write file/below.pkl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("length", [239, 246, 300])  # too long for the state, the checkpoint, any file
+@pytest.mark.parametrize("more", [(), ("--restart",)])
+def test_a_name_that_is_too_long_is_found_before_training(tiny, capsys, length, more):
+    assert tiny(*more, file="n" * length, stop={0: signal.SIGTERM}) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"cannot write n+(\.resume)?: the name is too long; give a shorter one\n$", error)
+    assert error.count("\n") == 1 and not list(Path().iterdir())
 
 
 def test_a_folder_as_output_is_refused_before_training(tiny, capsys):

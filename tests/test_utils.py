@@ -21,6 +21,7 @@ from utils import (
     Progress,
     Stopped,
     UserError,
+    check_writable,
     derive_seed,
     generator,
     keep_freed_memory,
@@ -155,6 +156,18 @@ def test_a_full_disk_as_torch_reports_it_leaves_the_old_checkpoint(tmp_path, mon
         save_checkpoint(path, {})
     assert "\n" not in str(failure.value) and list(tmp_path.iterdir()) == [path]
     assert torch.equal(load_checkpoint(path)["weights"], torch.ones(3))
+
+
+def test_a_name_that_is_too_long_to_be_replaced_is_found_before_the_work(tmp_path):
+    longest = tmp_path / ("n" * 245)  # and a temporary name has a dot before it and nine characters after it
+    check_writable(longest)
+    write_json(longest, {})
+    assert list(tmp_path.iterdir()) == [longest]
+    for path in (tmp_path / ("n" * 246), tmp_path / ("n" * 300), tmp_path / ("d" * 300) / "file"):
+        with pytest.raises(UserError) as refusal:
+            check_writable(path)
+        assert str(refusal.value) == f"cannot write {path}: the name is too long; give a shorter one"
+    assert list(tmp_path.iterdir()) == [longest]
 
 
 class Payload:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,9 +39,10 @@ def is_done(path: Path, origin: dict, args: argparse.Namespace, show: bool) -> b
     """
     resume = resume_path(path)
     if args.restart:
+        check_writable(resume)
         resume.unlink(missing_ok=True)
         return False
-    if resume.exists() or not path.is_file():
+    if os.path.exists(resume) or not os.path.isfile(path):  # unlike Path's, no errors where a name cannot be
         return False
     theirs = getattr(load_checkpoint(path), "origin", {})
     decided = {key: value for key, value in origin.items() if key != "precision" or args.precision != "auto"}
@@ -98,8 +100,9 @@ def train_to_checkpoint(
     if args.log:
         check_writable(args.log)
     # An old state stays until the new one is complete.
-    room = copies * (1 if resume.exists() else 2) * sum(t.nbytes for t in model.state_dict().values())
+    room = copies * (1 if os.path.exists(resume) else 2) * sum(t.nbytes for t in model.state_dict().values())
     check_writable(path, room)
+    check_writable(resume)
     if processes.is_main:
         print(
             f"{about}, {len(data):,} images, {config.epochs} epochs on {processes.device} in {config.precision}",
