@@ -27,10 +27,11 @@ from tests import children
 from training.checkpoints import save_network
 from training.loop import LoopConfig, Recorder, RunState, fit, warmup_schedule
 from training.processes import Processes
+from training.runs import remove_leftovers
 from training.stages import STAGES
 from training.train_classifier import ClassifierObjective
 from training.train_cvae import collapse_remark
-from utils import derive_seed, generator, load_checkpoint, run_command
+from utils import derive_seed, generator, load_checkpoint, replacing, run_command
 
 CPU = Processes(torch.device("cpu"))
 STEPS = 12  # of an epoch of digits: 722 images in batches of 64
@@ -270,10 +271,28 @@ def test_progress_of_one_of_several_processes_waits_for_no_other():
 
 
 def test_what_a_run_killed_while_writing_left_is_removed(tiny):
-    for name in (".net.pkl.a1", ".net.pkl.resume.b2", ".other.pkl.c3"):
+    left = [".net.abcd_123", ".net.resume.zyxw9876"]
+    kept = [
+        ".net.pkl.abcd_123",
+        ".net.pkl.resume.abcd_123",
+        ".net.settings2",
+        ".net.Settings",
+        ".net.a1",
+        ".other.abcd_123",
+    ]
+    for name in left + kept:
         Path(name).write_text("half a file")
-    assert tiny(epochs=1) == 0
-    assert sorted(path.name for path in Path().iterdir()) == [".other.pkl.c3", "net.pkl"]
+    Path(".net.a_folder").mkdir()
+    assert tiny(epochs=1, file="net") == 0
+    assert sorted(path.name for path in Path().iterdir()) == sorted([*kept, ".net.a_folder", "net"])
+
+
+def test_what_is_being_written_has_a_name_that_counts_as_left_behind(tmp_path):
+    for path in (tmp_path / "net", tmp_path / "net.resume"):
+        with replacing(path) as temporary:
+            remove_leftovers(tmp_path / "net")
+            assert not temporary.exists()
+            temporary.touch()  # which is renamed at the end
 
 
 @pytest.mark.parametrize("option", ["--params-dict-name", "--log"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import glob
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -130,8 +131,10 @@ def resume_path(path: Path) -> Path:
 
 def remove_leftovers(path: Path) -> None:
     """Remove temporary files of a run that was killed while it wrote `path` or its resumable state."""
+    ours = re.compile(rf"\.{re.escape(path.name)}(\.resume)?\.[a-z0-9_]{{8}}")  # as `replacing` names them
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        leftover.unlink()
+        if ours.fullmatch(leftover.name) and leftover.is_file():
+            leftover.unlink(missing_ok=True)  # another process may be at the same
 
 
 def tensorboard_writer(folder: Path | None) -> Callable[[dict], None]:
