@@ -413,8 +413,11 @@ def save_checkpoint(path: Path, content: dict) -> None:
             raise OSError(f"{str(error).splitlines()[0]} (is the disk full?)") from error
 
 
-def load_checkpoint(path: Path) -> dict:
+def load_checkpoint(path: Path, remedy: str = "Make it again or fetch it again") -> dict:
     """Read a file written by `torch.save` onto the CPU, tensors and plain values only.
+
+    Args:
+        remedy: what to do about a file that is not what it should be.
 
     Raises:
         UserError: the file is missing, unreadable, not a checkpoint, or holds objects that could run code.
@@ -423,17 +426,19 @@ def load_checkpoint(path: Path) -> dict:
 
     import torch
 
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
+    path, expected = Path(path), "expected a dict of tensors written by torch.save"
+    try:
+        open(path, "rb").close()  # apart: torch.load raises an OSError for a file that is cut short, too
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a file you may read") from None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         harmful = "GLOBAL" in str(error) or "instantiate" in str(error) or "reduce" in str(error).lower()
         reason = "holds objects that could run code" if harmful else "is no checkpoint or is damaged"
-        raise UserError(
-            f"{path}: {reason}; expected a dict of tensors written by torch.save. Make it again or fetch it again"
-        ) from None
+        raise UserError(f"{path}: {reason}; {expected}. {remedy}") from None
     except (
         RuntimeError,
         EOFError,
@@ -445,10 +450,7 @@ def load_checkpoint(path: Path) -> dict:
         OSError,
         UnicodeDecodeError,
     ):
-        raise UserError(
-            f"{path}: is no checkpoint or is damaged; expected a dict of tensors written by torch.save. "
-            "Make it again or fetch it again"
-        ) from None
+        raise UserError(f"{path}: is no checkpoint or is damaged; {expected}. {remedy}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}; expected a dict of tensors written by torch.save")
+        raise UserError(f"{path}: holds a {type(content).__name__}; {expected}. {remedy}")
     return content

@@ -199,6 +199,15 @@ def test_a_resume_with_another_configuration_is_refused(tiny, capsys, option, va
     assert Path("net.pkl.resume").read_bytes() == before
 
 
+def test_a_damaged_state_is_left_for_restart(tiny, capsys):
+    Path("net.pkl.resume").write_bytes(b"half a state")
+    assert tiny(epochs=1) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("train: error: net.pkl.resume: is no checkpoint or is damaged; expected a dict of tensors")
+    assert error.endswith(". Start over with --restart\n") and error.count("\n") == 1
+    assert tiny("--restart", epochs=1) == 0
+
+
 def test_a_stopped_run_may_be_given_more_epochs(tiny):
     tiny(stop={STEPS: signal.SIGTERM}, epochs=2, file="parts")
     assert tiny(epochs=4, file="parts") == 0

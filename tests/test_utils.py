@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import pickle
@@ -17,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import utils
 from utils import (
     Progress,
     Stopped,
@@ -210,6 +212,24 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content, message):
         load_checkpoint(path)
 
 
+def test_a_file_that_one_may_not_read_is_not_called_damaged(tmp_path, monkeypatch):
+    path = tmp_path / "net.pkl"
+    save_checkpoint(path, {"weights": torch.ones(1)})
+
+    def refuse(file, mode):  # in place of chmod, which does not stop an administrator
+        raise PermissionError(errno.EACCES, "Permission denied", str(file))
+
+    monkeypatch.setattr(utils, "open", refuse, raising=False)
+    with pytest.raises(UserError) as refusal:
+        load_checkpoint(path)
+    assert str(refusal.value) == f"{path}: cannot be read (Permission denied); expected a file you may read"
+
+
+def test_a_folder_is_no_checkpoint(tmp_path):
+    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\); expected a file you may read$"):
+        load_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
 def test_a_checkpoint_cut_short_is_damaged(tmp_path, share):
     path = tmp_path / "net.pkl"
@@ -222,7 +242,7 @@ def test_a_checkpoint_cut_short_is_damaged(tmp_path, share):
 
 def test_a_checkpoint_of_something_else_than_a_dict_is_refused(tmp_path):
     torch.save([torch.ones(1)], tmp_path / "list.pkl")
-    with pytest.raises(UserError, match="list.pkl: holds a list; expected a dict"):
+    with pytest.raises(UserError, match="list.pkl: holds a list; expected a dict of .*save. Make it again"):
         load_checkpoint(tmp_path / "list.pkl")
 
 
