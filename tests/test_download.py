@@ -127,10 +127,7 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.
 
 
 def run(*argv: object) -> int:
-    try:
-        return run_command(download.main, download.get_parser(), [str(word) for word in argv])
-    except SystemExit as stop:
-        return stop.code
+    return run_command(download.main, download.get_parser(), [str(word) for word in argv])
 
 
 def leftovers(data_dir: Path) -> list[str]:
