@@ -74,7 +74,18 @@ def test_a_variant_that_is_no_option_of_eval_is_named(place, monkeypatch, capsys
         run_ablations("--variant=--sigma none", "--output", "c.json")
     assert "argument --sigma: 'none' is not a number" in capsys.readouterr().err
     assert run_ablations("--variant=--tune joint --anchor 1", "--output", "c.json") == 2
-    assert "--tune joint goes without it" in capsys.readouterr().err and not Path("c.json").exists()
+    assert (
+        "--anchor goes with --tune head or last-layer only" in capsys.readouterr().err and not Path("c.json").exists()
+    )
+
+
+@pytest.mark.parametrize("variant", ablations.VARIANTS)
+@pytest.mark.parametrize("given", [["--mode", "CMG-softmax"], ["--mixing", "none"]], ids=" ".join)
+def test_every_variant_is_taken_in_every_mode_and_mixing(given, variant):
+    args = ablations.get_parser().parse_args(["--device", "cpu", *given])
+    args.argv = given
+    config, tune = ablations.variant_config(args, eval.read_arguments(args), variant)
+    assert tune == (variant.split()[1] if "--tune" in variant else "head") and config.num_ind == 6
 
 
 def test_precision_compares_the_same_seeds(tmp_path, monkeypatch, capsys):

@@ -84,6 +84,22 @@ def test_a_finished_training_is_not_repeated(chain, capsys):
     assert "learning_rate was 1.0, is 0.5" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("mode", "option", "value", "other"),
+    [
+        ("sup_CSI_linear", "--width", 8, "sup_simclr_CSI"),
+        ("sup_CSI_linear", "--warmup", 2, "sup_simclr_CSI"),
+        ("sup_CSI_linear", "--val-fraction", 0.1, "sup_simclr_CSI"),
+        ("sup_simclr_CSI", "--load-path", "x.pkl", "sup_CSI_linear"),
+    ],
+)
+def test_training_refuses_options_of_the_other_mode(tmp_path, capsys, mode, option, value, other):
+    files = ["--params-dict-name", tmp_path / "new" / "x.pkl"]
+    assert run("train", "--mode", mode, "--dataset", "digits", "--device", "cpu", option, value, *files) == 2
+    assert capsys.readouterr().err == f"train: error: {option} goes with --mode {other} only; leave it out\n"
+    assert not any(tmp_path.iterdir())
+
+
 def test_eval_writes_every_figure(chain, tmp_path, capsys):
     output = tmp_path / "eval.json"
     assert (

@@ -30,6 +30,26 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensorboard", type=Path, help="write the same figures there for TensorBoard")
 
 
+Needs = dict[str, tuple[str, tuple[str, ...]]]  # an option -> another, and the values of it with which it counts
+
+
+def idle_options(args: argparse.Namespace, parser: argparse.ArgumentParser, needs: Needs) -> list[str]:
+    """A remark on each option that was changed although nothing that was asked for looks at it."""
+    remarks = []
+    for name, (other, values) in needs.items():
+        given = getattr(args, other)
+        counts = set(values) & set(given if isinstance(given, list) else [given])
+        if getattr(args, name) != parser.get_default(name) and not counts:
+            remarks.append(f"--{name.replace('_', '-')} goes with --{other} {' or '.join(values)} only")
+    return remarks
+
+
+def refuse_idle_options(args: argparse.Namespace, parser: argparse.ArgumentParser, needs: Needs) -> None:
+    """Raise `UserError` with the first remark of `idle_options`, if there is one."""
+    for remark in idle_options(args, parser, needs):
+        raise UserError(f"{remark}; leave it out")
+
+
 def is_done(path: Path, origin: dict, args: argparse.Namespace, show: bool) -> bool:
     """Whether `path` holds the result of this very run already (`show` says so); with --restart, forget it.
 
