@@ -25,6 +25,7 @@ from datasets.tasks import (
     task_names,
 )
 from evaluation.baselines import POST_HOC
+from training.runs import refuse_idle_options
 from utils import (
     UserError,
     add_common_arguments,
@@ -57,8 +58,15 @@ METHOD = (
     "tune",
     "anchor",
     "pseudo_pool",
+    "precision",
 )
-NOT_JOINT = ("pseudo_batch_size", "check_every", "anchor", "pseudo_pool", "save_detector")
+NOT_JOINT = dict.fromkeys(
+    ("pseudo_batch_size", "check_every", "anchor", "pseudo_pool", "save_detector"), ("tune", ("head", "last-layer"))
+)
+# Not asked of the variants of benchmarks.ablations, which are the same for every mode and mixing.
+NEEDS = {"mixing_probability": ("mixing", ("coin",))} | dict.fromkeys(
+    ("margins", "loss_energy", "score_energy"), ("mode", ("CMG-energy", "all"))
+)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -176,6 +184,7 @@ def main(args: argparse.Namespace) -> None:
     from utils import write_json
 
     setup = read_arguments(args)
+    refuse_idle_options(args, get_parser(), NEEDS)
     changed = changed_options(args, get_parser(), METHOD)
     output = args.output or default_output(setup.task_name, setup.partition, setup.modes, setup.seeds, changed)
     for path in filter(None, (output, args.save_scores, args.save_detector)):
@@ -223,9 +232,7 @@ def read_arguments(args: argparse.Namespace) -> Setup:
     modes = pick_all("--mode", args.mode, MODE_NAMES, task_name)
     ood_names = pick_all("--ood-dataset", args.ood_dataset, task.ood_datasets, task_name)
     seeds = list(dict.fromkeys(args.seeds))
-    for name in NOT_JOINT if args.tune == "joint" else ():
-        if getattr(args, name) != get_parser().get_default(name):
-            raise UserError(f"--{name.replace('_', '-')} says how a head is fine-tuned; --tune joint goes without it")
+    refuse_idle_options(args, get_parser(), NOT_JOINT)
     if args.save_detector and len(modes) * len(seeds) > 1:
         raise UserError(f"--save-detector holds one detector: name one of --mode {' '.join(modes)} and one of --seeds")
     given = {"train_classifier": args.params_dict_name, "train_cvae": args.params_dict_name2}

@@ -23,7 +23,7 @@ from datasets.tasks import (
     task_from_arguments,
     task_names,
 )
-from training.runs import add_run_arguments, format_figures, is_done, train_to_checkpoint
+from training.runs import add_run_arguments, format_figures, idle_options, is_done, train_to_checkpoint
 from utils import (
     add_common_arguments,
     number,
@@ -32,6 +32,8 @@ from utils import (
     run_command,
     seed_number,
 )
+
+NEEDS = {"kl_weight": ("command", ("train_cvae",))}
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -83,6 +85,9 @@ def train(args: argparse.Namespace, processes) -> None:
     from utils import derive_seed, pick_precision
 
     task_name, task, partition = task_from_arguments(args)
+    # No refusal: scripts give both commands the same options.
+    for remark in idle_options(args, get_parser(), NEEDS) if processes.is_main else ():
+        print(f"{remark}: it changes nothing here", flush=True)
     path = args.params_dict_name or default_checkpoint(task_name, partition, args.command)
     if args.kl_weight is not None:
         task = replace(task, kl_weight=args.kl_weight)

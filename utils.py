@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
 import hashlib
 import json
 import math
@@ -185,9 +186,9 @@ def tune_processor() -> None:
     """Have the processor neither clear pages that it has just used nor compute with denormal numbers.
 
     Every step allocates the tensors of the step before; what glibc gives back in between comes back as pages that the
-    kernel has to clear, which takes up to a quarter of the time. Adam's moments become denormal where a unit is dead, and then each
-    takes many times as long. The price: memory stays at its peak until the process ends, and numbers below 1e-38 are
-    zero. Both are settings of the process; threads that run already keep their handling of denormal numbers.
+    kernel has to clear. Adam's moments become denormal where a unit is dead, and then each takes many times as long.
+    The price: memory stays at its peak until the process ends, and numbers below 1e-38 are zero. Both are settings of
+    the process; threads that run already keep their handling of denormal numbers.
     """
     import torch
 
@@ -384,15 +385,21 @@ def check_writable(path: Path, room: int = 0) -> None:
     """Find out before the work starts that `path` can be written, with `room` bytes free.
 
     Raises:
-        UserError: it is a folder, its folder cannot be made or written, or the disk is too full.
+        UserError: it is a folder, its folder cannot be made or written, its name is too long, or the disk is too full.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"cannot write {path}: it is a folder; name a file")
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, probe = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # a name as in `replacing`
+            os.close(handle)
+            Path(probe).unlink(missing_ok=True)  # another process may have taken it for a leftover
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            raise UserError(f"cannot write {path}: the name is too long; give a shorter one") from None
         free = shutil.disk_usage(path.parent).free
     if free < room:
         needed = f"{free / 1e6:,.0f} MB are free, {room / 1e6:,.0f} MB are needed"
@@ -416,8 +423,11 @@ def save_checkpoint(path: Path, content: dict) -> None:
             raise OSError(f"{str(error).splitlines()[0]} (is the disk full?)") from error
 
 
-def load_checkpoint(path: Path) -> dict:
+def load_checkpoint(path: Path, remedy: str = "Make it again or fetch it again") -> dict:
     """Read a file written by `torch.save` onto the CPU, tensors and plain values only.
+
+    Args:
+        remedy: what to do about a file that is not what it should be.
 
     Raises:
         UserError: the file is missing, unreadable, not a checkpoint, or holds objects that could run code.
@@ -426,17 +436,19 @@ def load_checkpoint(path: Path) -> dict:
 
     import torch
 
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
+    path, expected = Path(path), "expected a dict of tensors written by torch.save"
+    try:
+        open(path, "rb").close()  # apart: torch.load raises an OSError for a file that is cut short, too
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a file you may read") from None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         harmful = "GLOBAL" in str(error) or "instantiate" in str(error) or "reduce" in str(error).lower()
         reason = "holds objects that could run code" if harmful else "is no checkpoint or is damaged"
-        raise UserError(
-            f"{path}: {reason}; expected a dict of tensors written by torch.save. Make it again or fetch it again"
-        ) from None
+        raise UserError(f"{path}: {reason}; {expected}. {remedy}") from None
     except (
         RuntimeError,
         EOFError,
@@ -448,10 +460,7 @@ def load_checkpoint(path: Path) -> dict:
         OSError,
         UnicodeDecodeError,
     ):
-        raise UserError(
-            f"{path}: is no checkpoint or is damaged; expected a dict of tensors written by torch.save. "
-            "Make it again or fetch it again"
-        ) from None
+        raise UserError(f"{path}: is no checkpoint or is damaged; {expected}. {remedy}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}; expected a dict of tensors written by torch.save")
+        raise UserError(f"{path}: holds a {type(content).__name__}; {expected}. {remedy}")
     return content

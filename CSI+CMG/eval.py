@@ -24,6 +24,7 @@ MODES = {
     "ood": ("detection", "single view"),
     "ood_marginalized": ("detection", "rotation ensemble"),
 }
+RESULT = ("mode", "ood_dataset", "precision")  # options that make another result
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -53,10 +54,8 @@ def main(args: argparse.Namespace) -> None:
     if any(rows == "detection" for rows, _ in chosen):
         names = pick_all("--ood-dataset", args.ood_dataset, data.task.ood_datasets, data.name)
     path = args.load_path or default_checkpoint(data, "sup_CSI_linear")
-    output = (
-        args.output
-        or ROOT / "results" / f"csi_{data.name}_eval{changed_options(args, get_parser(), ('mode', 'ood_dataset'))}.json"
-    )
+    changed = changed_options(args, get_parser(), RESULT)
+    output = args.output or ROOT / "results" / f"csi_{data.name}_eval{changed}.json"
     check_writable(output)
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)

@@ -15,8 +15,13 @@ import sys
 from pathlib import Path
 
 from csi.options import TRAINING_MODES, CSIData, add_csi_arguments, data_from_arguments, default_checkpoint, remedy
-from training.runs import add_run_arguments, format_figures, is_done, train_to_checkpoint
+from training.runs import add_run_arguments, format_figures, is_done, refuse_idle_options, train_to_checkpoint
 from utils import UserError, number, positive_float, positive_int, run_command, seed_number
+
+# The linear layers take over what the representation was made with.
+NEEDS = dict.fromkeys(("width", "warmup", "val_fraction"), ("mode", ("sup_simclr_CSI",))) | {
+    "load_path": ("mode", ("sup_CSI_linear",))
+}
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -78,6 +83,7 @@ def train(args: argparse.Namespace, processes) -> None:
     from training.loop import LoopConfig, fingerprint
     from utils import derive_seed, pick_precision
 
+    refuse_idle_options(args, get_parser(), NEEDS)
     data, mode, stage = data_from_arguments(args), TRAINING_MODES[args.mode], STAGES[args.mode]
     path = args.params_dict_name or default_checkpoint(data, args.mode)
     device = processes.device

@@ -41,7 +41,7 @@ VARIANTS = (
     "--loss-energy ind",
     "--score-energy all",
 )
-CHANGEABLE = [*(name for name in eval.METHOD if name != "ood_dataset"), "precision"]  # what decides a configuration
+CHANGEABLE = [name for name in eval.METHOD if name != "ood_dataset"]  # what decides a configuration
 OF_ONE_RUN = ("baselines", "save_scores", "save_detector")
 HEADER = ("options of eval", "mode", "start", "best (step)", "validated (step)", "last", "IND accuracy", "seconds")
 

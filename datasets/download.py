@@ -40,21 +40,21 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> int:
+    """Returns the exit status. Raises `UserError`."""
     names = resolve(args.names or ["all"] * args.check)
     if args.check:
         if args.given:
             raise UserError("--check reads --data-dir only; leave out --from")
         states = check(names, args.data_dir)
         bad = {"wrong", "missing"} if args.names and "all" not in args.names else {"wrong"}
-        if bad & states:
-            sys.exit(1)
-        return
+        return int(bool(bad & states))
     if args.given and not args.given.exists():
         raise UserError(f"--from {args.given}: no such file or folder")
     if args.given and args.given.is_file() and len(names) > 1:
         raise UserError(f"--from {args.given}: is one file; name the one data set that it holds")
     fetch_all(names, args.data_dir, args.given)
+    return 0
 
 
 def resolve(names: list[str]) -> list[str]:

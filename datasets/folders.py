@@ -85,8 +85,10 @@ def read_images(
         UserError: there are no images, or the named one cannot be decoded or has another size or depth.
     """
     root = Path(root)
+    if root.name in ("", ".."):  # "." and the like: the packed file is named after the folder itself
+        root = root.resolve()
     names = find_images(root)
-    cache = root.with_name(f".{root.name}.{channels}x{size}x{size}.npz")
+    cache = root.parent / f".{root.name}.{channels}x{size}x{size}.npz"
     key = _fingerprint(root, names, resize)
     images = _load_packed(cache, key) if packed else None
     if images is None or images.shape != (len(names), channels, size, size):
@@ -252,9 +254,13 @@ def square(image, size: int):
 
 
 def _fingerprint(root: Path, names: list[str], resize: bool) -> str:
+    """What the packed file of these images is known by. Raises `UserError` naming one that is not there."""
     lines = [f"{resize}"]
     for name in names:
-        status = os.stat(root / name)
+        try:
+            status = os.stat(root / name)
+        except OSError as error:  # such as a link that leads nowhere
+            raise UserError(f"{root / name}: cannot be read ({error.strerror}). Replace or remove it") from None
         lines.append(f"{name}\0{status.st_size}\0{status.st_mtime_ns}")
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 

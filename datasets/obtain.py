@@ -16,7 +16,6 @@ import shutil
 import time
 from collections.abc import Iterable
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -172,10 +171,10 @@ def obtain(name: str, data_dir: Path, splits: tuple[str, ...] | None = None, giv
             return False
         for download in downloads:
             _make_way(data_dir / download.target, download.unpack)
-        paths = [_found(name, d, given) if given else _fetched(name, d, data_dir) for d in downloads]
+        found = [(_found(name, d, given), str(given)) if given else _fetched(name, d, data_dir) for d in downloads]
         try:
             shutil.rmtree(staging, ignore_errors=True)
-            notes = dict(map(partial(_stage, name, staging, given), downloads, paths))
+            notes = dict(_stage(name, staging, given, d, *f) for d, f in zip(downloads, found, strict=True))
             covered = [split for split in source.counts if any(split in download.splits for download in downloads)]
             figures = {split: verify(name, staging, split) for split in covered}
             for path in [*map(Path, notes), *(file.relative_to(staging) for file in staging.glob(".*.npz"))]:
@@ -225,15 +224,16 @@ def _make_way(target: Path, is_folder: bool) -> None:
     target.rmdir()
 
 
-def _stage(name: str, staging: Path, given: Path | None, download: Download, path: Path) -> tuple[str, dict]:
-    """Put the content of a download, the file or folder `path`, below `staging`; `path` stays as it is.
+def _stage(
+    name: str, staging: Path, given: Path | None, download: Download, path: Path, origin: str
+) -> tuple[str, dict]:
+    """Put the content of a download, the file or folder `path` from `origin`, below `staging`; `path` stays as it is.
 
     Returns:
         Its path there and a note of whence it came.
     """
     target = staging / download.target
     target.parent.mkdir(parents=True, exist_ok=True)
-    origin = str(given or download.addresses[0])
     if path.is_dir():
         files = download.files() or list_images(path)
         lacking = [file for file in files if not (path / file).is_file()]
@@ -271,11 +271,11 @@ def _forget_parts(downloads: Iterable[Download], data_dir: Path) -> None:
         _part(download, data_dir).unlink(missing_ok=True)
 
 
-def _fetched(name: str, download: Download, data_dir: Path) -> Path:
-    """The file of a download as a .part file, whole and with the published checksum."""
+def _fetched(name: str, download: Download, data_dir: Path) -> tuple[Path, str]:
+    """The file of a download as a .part file, whole and with the published checksum, and the address it came from."""
     part = _part(download, data_dir)
     if download.md5 and part.is_file() and digest(part, "md5") == download.md5:
-        return part
+        return part, " or ".join(download.addresses)  # an earlier attempt did not say which
     reasons = []
     for address in download.addresses:
         try:
@@ -285,7 +285,7 @@ def _fetched(name: str, download: Download, data_dir: Path) -> Path:
             continue
         md5 = digest(part, "md5") if download.md5 else None
         if md5 == download.md5:
-            return part
+            return part, address
         part.unlink()
         reasons.append(f"{address} sends a file with MD5 {md5}, expected {download.md5}")
     raise UserError(f"{name} cannot be downloaded ({'; '.join(reasons)}). {advice(name, data_dir)}")

@@ -18,6 +18,10 @@ from pathlib import Path
 from utils import UserError
 
 HELD_OUT = "held-out-classes"  # the OOD set of Setting 1: the test images of the classes that are not IND
+IND_TEST, PSEUDO = "IND test", "pseudo-OOD"  # image sets of every task, beside the OOD sets
+
+# What results and options call something else: an OOD set of that name would take its place.
+RESERVED = (HELD_OUT, IND_TEST, PSEUDO, "IND training", "IND validation", "all")
 
 PARTITIONS = {f"partition{k + 1}": tuple(range(k, k + 6)) for k in range(5)}
 ALL_CLASSES = {"all": tuple(range(10))}
@@ -245,13 +249,17 @@ def with_ood_folders(task: Task, ood_dirs: Sequence[Path]) -> Task:
     """The task with further OOD sets, each named after its folder.
 
     Raises:
-        UserError: a folder is missing, or its name is taken.
+        UserError: a folder is missing, or its name is taken or reserved.
     """
     folders = dict(task.folders)
     for folder in map(Path, ood_dirs):
         name = folder.resolve().name
         if not folder.is_dir():
             raise UserError(f"--ood-dir {folder}: no such folder; expected a folder of images")
+        if name in RESERVED:
+            raise UserError(
+                f"--ood-dir {folder}: {name} is what results or options call something else; rename the folder"
+            )
         if name in folders or name == task.dataset or name in task.ood_datasets:
             raise UserError(f"--ood-dir {folder}: there is a data set called {name} already; rename the folder")
         folders[name] = UserFolder(folder)

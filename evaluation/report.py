@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
+from datasets import tasks
 from evaluation.metrics import accuracy, detection_metrics, expected_calibration_error
 from evaluation.scores import energy, msp_score
 
-IND_TEST, PSEUDO = "IND test", "pseudo-OOD"  # image sets, beside the OOD sets
+IND_TEST, PSEUDO = tasks.IND_TEST, tasks.PSEUDO
 THE_METHOD = "the method"  # what is compared with changes of it
 POSITIVE_CLASS = "OOD is the positive class; a larger score means more likely OOD"
 

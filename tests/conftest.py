@@ -27,3 +27,10 @@ def digits_cvae() -> ConditionalVAE:
     """The CVAE of the digits task, untrained, in eval mode."""
     torch.manual_seed(1)
     return ConditionalVAE(image_size=8).eval()
+
+
+@pytest.fixture(autouse=True)
+def _denormal_numbers():
+    """Commands that run in this process have denormal numbers count as zero; the next test has them again."""
+    yield
+    torch.set_flush_denormal(False)

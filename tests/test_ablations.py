@@ -82,7 +82,7 @@ def test_a_variant_that_is_no_option_of_eval_is_named(place, monkeypatch, capsys
         "--sigma none": "--variant='--sigma none': argument --sigma: 'none' is not a number",
         "--sigmas 1": "--variant='--sigmas 1': unrecognized arguments: --sigmas 1",
         "--mixing 'coin": """--variant: "--mixing 'coin" cannot be split into options: no closing quotation""",
-        joint: f"--variant={joint!r}: --anchor says how a head is fine-tuned; --tune joint goes without it",
+        joint: f"--variant={joint!r}: --anchor goes with --tune head or last-layer only; leave it out",
     }.items():
         assert run_ablations(f"--variant={variant}", "--output", "c.json") == 2
         assert capsys.readouterr().err == f"benchmarks.ablations: error: {message}\n" and not Path("c.json").exists()
@@ -131,7 +131,7 @@ HANDED_ON = {  # what is handed on -> the error
     "network each",
     "--eval-args=--sigma": "--eval-args: argument --sigma: expected one argument",
     "--eval-args=--sigma '1": """--eval-args: "--sigma '1" cannot be split into options: no closing quotation""",
-    "--eval-args=--tune joint --anchor 1": "--anchor says how a head is fine-tuned; --tune joint goes without it",
+    "--eval-args=--tune joint --anchor 1": "--anchor goes with --tune head or last-layer only; leave it out",
 }
 
 
@@ -141,6 +141,15 @@ def test_precision_checks_what_it_hands_on_before_it_trains(tmp_path, monkeypatc
     assert run_command(precision.main, precision.get_parser(), ["--quick", "--device", "cpu", given]) == 2
     printed = capsys.readouterr()
     assert printed.err == f"benchmarks.precision: error: {HANDED_ON[given]}\n" and printed.out == ""
+
+
+@pytest.mark.parametrize("variant", ablations.VARIANTS)
+@pytest.mark.parametrize("given", [["--mode", "CMG-softmax"], ["--mixing", "none"]], ids=" ".join)
+def test_every_variant_is_taken_in_every_mode_and_mixing(given, variant):
+    args = ablations.get_parser().parse_args(["--device", "cpu", *given])
+    args.argv = given
+    config, tune = ablations.variant_config(args, eval.read_arguments(args), variant)
+    assert tune == (variant.split()[1] if "--tune" in variant else "head") and config.num_ind == 6
 
 
 def test_precision_compares_the_same_seeds(tmp_path, monkeypatch, capsys):

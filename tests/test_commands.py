@@ -199,11 +199,21 @@ def test_options_of_the_method_reach_the_run(digits):
     assert config["tune"] == "last-layer" and (config["ind_quantile"], config["pseudo_quantile"]) == (0.1, 0.7)
     names = ("learning_rate", "sigma", "batch_size", "anchor", "pseudo_pool")
     assert [config[name] for name in names] == list(options.values())
-    given = ["--mixing", "none", "--mixing-probability", 0.7, "--pseudo-batch-size", 9]
+    given = ["--mixing-probability", 0.7, "--pseudo-batch-size", 9]
     assert run(eval, *given, "--loss-energy", "ind", "--score-energy", "all", "--epochs", 1, "--output", "b.json") == 0
     config = json.loads(Path("b.json").read_text())["config"]
-    assert config["mixing"] == {"kind": "none", "probability": 0.7} and config["pseudo_batch_size"] == 9
+    assert config["mixing"] == {"kind": "coin", "probability": 0.7} and config["pseudo_batch_size"] == 9
     assert (config["loss_energy"], config["score_energy"]) == ("ind", "all")
+    assert run(eval, "--mixing", "none", "--mode", "CMG-softmax", "--epochs", 1, "--output", "c.json") == 0
+    assert json.loads(Path("c.json").read_text())["config"]["mixing"]["kind"] == "none"
+
+
+def test_an_option_of_the_other_network_is_pointed_out(workplace, capsys):
+    remark = "--kl-weight goes with --command train_cvae only: it changes nothing here\n"
+    short = ["--kl-weight", 0.5, "--epochs", 1, "--device", "cpu"]
+    for command, remarks in (("train_classifier", 1), ("train_cvae", 0)):
+        assert run(train, "--command", command, *short) == 0
+        assert capsys.readouterr().out.count(remark) == remarks
 
 
 def test_joint_training_has_the_classifiers_settings(digits):
@@ -250,7 +260,8 @@ def test_a_checkpoint_is_a_plain_state_dict(digits):
 
 def test_a_picture_shows_what_the_networks_make(digits, capsys):
     assert run(samples, "--output", "new/picture.png", "--precision", "fp32") == 0
-    assert capsys.readouterr().out == "wrote new/picture.png\n"
+    remark = "--precision changes nothing here: the images are made in fp32\n"
+    assert capsys.readouterr().out == f"{remark}wrote new/picture.png\n"
     picture = np.asarray(Image.open("new/picture.png").convert("RGB"))
     height = 2 * 96 + 4  # two lines of images of 8 pixels, enlarged 12 times
     assert picture.shape == (3 * (56 + height) + 8, 8 + 12 * 100 - 4 + 8, 3)
@@ -446,7 +457,13 @@ def test_names_of_results_say_what_was_changed():
 
     assert name() == "t_p_m_seed1-2.json"
     assert name("--anchor", 0.1, "--margins", 0.3, 0.7) == "t_p_m_seed1-2_margins-0.3-0.7_anchor-0.1.json"
+    assert name("--precision", "fp32", "--lr", 0.1) == "t_p_m_seed1-2_lr-0.1_precision-fp32.json"
     assert name("--ood-dataset", "SVHN", "LSUN") == "t_p_m_seed1-2_ood_dataset-SVHN-LSUN.json"
+
+
+def test_a_default_name_that_is_too_long_is_found_before_the_work(workplace, capsys):
+    line = error_of(capsys, eval, "--seeds", *range(100))
+    assert re.search(r"cannot write results/.*_seed0-1-.*-99\.json: the name is too long; give a shorter one$", line)
 
 
 # --- errors: data -------------------------------------------------------------------------------
@@ -519,8 +536,52 @@ def test_images_of_another_size_are_refused(workplace, capsys):
         (eval, ["--mixing", "half"], "argument --mixing: invalid choice: 'half'"),
         (eval, ["--mixing-probability", "1.5"], "1.5 is out of range: expected at least 0 and at most 1"),
         (eval, ["--pseudo-batch-size", "0"], "argument --pseudo-batch-size: 0 is out of range: expected above 0"),
-        (eval, ["--tune", "joint", "--anchor", "1"], "--anchor says how a head is fine-tuned; --tune joint goes"),
-        (eval, ["--tune", "joint", "--save-detector", "d"], "--save-detector says how a head is fine-tuned"),
+        (eval, ["--tune", "joint", "--anchor", "1"], "--anchor goes with --tune head or last-layer only; leave it out"),
+        (
+            eval,
+            ["--tune", "joint", "--check-every", "1"],
+            "--check-every goes with --tune head or last-layer only; leave it out",
+        ),
+        (
+            eval,
+            ["--tune", "joint", "--pseudo-pool", "1"],
+            "--pseudo-pool goes with --tune head or last-layer only; leave it out",
+        ),
+        (
+            eval,
+            ["--tune", "joint", "--pseudo-batch-size", "1"],
+            "--pseudo-batch-size goes with --tune head or last-layer only; leave it out",
+        ),
+        (
+            eval,
+            ["--tune", "joint", "--save-detector", "d"],
+            "--save-detector goes with --tune head or last-layer only; leave it out",
+        ),
+        (
+            eval,
+            ["--mixing", "none", "--mixing-probability", "0.7"],
+            "--mixing-probability goes with --mixing coin only; leave it out",
+        ),
+        (
+            eval,
+            ["--mixing", "weight", "--mixing-probability", "0"],
+            "--mixing-probability goes with --mixing coin only; leave it out",
+        ),
+        (
+            eval,
+            ["--mode", "CMG-softmax", "--margins", "0.1", "0.9"],
+            "--margins goes with --mode CMG-energy or all only; leave it out",
+        ),
+        (
+            eval,
+            ["--mode", "CMG-softmax", "--loss-energy", "ind"],
+            "--loss-energy goes with --mode CMG-energy or all only; leave it out",
+        ),
+        (
+            eval,
+            ["--mode", "CMG-softmax", "--score-energy", "all"],
+            "--score-energy goes with --mode CMG-energy or all only; leave it out",
+        ),
         (eval, ["--save-scores", "."], "cannot write .: it is a folder; name a file"),
         (eval, ["--seeds", "x"], "argument --seeds/--seed: 'x' is not a whole number"),
         (eval, ["--output", "."], "cannot write .: it is a folder; name a file"),

@@ -84,6 +84,22 @@ def test_a_finished_training_is_not_repeated(chain, capsys):
     assert "learning_rate was 1.0, is 0.5" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("mode", "option", "value", "other"),
+    [
+        ("sup_CSI_linear", "--width", 8, "sup_simclr_CSI"),
+        ("sup_CSI_linear", "--warmup", 2, "sup_simclr_CSI"),
+        ("sup_CSI_linear", "--val-fraction", 0.1, "sup_simclr_CSI"),
+        ("sup_simclr_CSI", "--load-path", "x.pkl", "sup_CSI_linear"),
+    ],
+)
+def test_training_refuses_options_of_the_other_mode(tmp_path, capsys, mode, option, value, other):
+    files = ["--params-dict-name", tmp_path / "new" / "x.pkl"]
+    assert run("train", "--mode", mode, "--dataset", "digits", "--device", "cpu", option, value, *files) == 2
+    assert capsys.readouterr().err == f"train: error: {option} goes with --mode {other} only; leave it out\n"
+    assert not any(tmp_path.iterdir())
+
+
 def test_eval_writes_every_figure(chain, tmp_path, capsys):
     output = tmp_path / "eval.json"
     assert (
@@ -242,20 +258,21 @@ def test_own_images_through_the_whole_chain(own_images, tmp_path, capsys):
     small = ["--epochs", 2, "--batch_size", 9, "--precision", "fp32"]
     assert run("train", *own_images, *small, "--mode", "sup_simclr_CSI", "--width", 2, "--warmup", 1) == 0
     assert run("train", *own_images, *small, "--mode", "sup_CSI_linear") == 0
-    assert run("eval", *own_images) == 0
+    assert run("eval", *own_images) == run("eval", *own_images, "--precision", "fp32") == 0
     assert run("main", *own_images) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "it should hold the CVAE. Make it with, in the root: " in error
     advice = shlex.split(error.split("in the root: ")[1])[3:]  # in the root, where ../birds is another folder
     assert run_command(root_train.main, root_train.get_parser(), [*advice, "--epochs", "1", "--device", "cpu"]) == 0
-    assert run("main", *own_images, "--epochs", 1) == 0
+    assert run("main", *own_images, "--epochs", 1, "--precision", "fp32") == 0
 
     name = "custom_birds_3x32"
     files = [f"{name}_all_cvae.pkl", f"csi_{name}.pkl", f"csi_{name}_representation.pkl"]
     assert sorted(path.name for path in (tmp_path / "ckpt").iterdir()) == sorted(files)
     assert len(load_checkpoint(tmp_path / "ckpt" / f"csi_{name}.pkl")["linear.bias"]) == 2
     results = {file: json.loads((tmp_path / "results" / file).read_text()) for file in os.listdir(tmp_path / "results")}
-    assert set(results) == {f"csi_{name}_eval.json", f"csi_cmg_{name}_seed123_epochs-1.json"}
+    evaluated = {f"csi_{name}_eval.json", f"csi_{name}_eval_precision-fp32.json"}
+    assert set(results) == evaluated | {f"csi_cmg_{name}_seed123_epochs-1_precision-fp32.json"}
     for result in results.values():
         assert result["dataset"] == name and (result["images"]["IND test"], result["images"]["insects"]) == (8, 5)
         assert {row["ood_dataset"] for row in result["detection"]} == {"insects"}

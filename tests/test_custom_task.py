@@ -16,10 +16,11 @@ from PIL import Image
 
 import eval as evaluate
 import train
-from datasets.datasetsHelper import load_ind, load_ood
+from datasets.datasetsHelper import Images, load_ind, load_ood
 from datasets.tasks import (
     HELD_OUT,
     MNIST,
+    RESERVED,
     TASKS,
     add_data_arguments,
     all_partitions,
@@ -29,8 +30,9 @@ from datasets.tasks import (
     task_names,
     with_ood_folders,
 )
+from evaluation.report import IND_TEST, PSEUDO
 from tests.tiny_data import squares, write_folder, write_mnist
-from training.stage2 import train_command
+from training.stage2 import Stage2Data, train_command
 from training.train_classifier import build_classifier
 from training.train_cvae import build_cvae
 from utils import UserError, add_common_arguments, run_command
@@ -188,6 +190,22 @@ def test_ood_mistakes_are_named(birds, insects, tmp_path):
     empty = custom_task(birds, [tmp_path / "SVHN"])
     with pytest.raises(UserError, match="SVHN: no images there"):
         load_ood(empty, "all", "SVHN", tmp_path)
+
+
+@pytest.mark.parametrize("name", RESERVED)
+def test_an_ood_folder_cannot_be_called_as_something_else(birds, tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    for take in (lambda: custom_task(birds, [folder]), lambda: with_ood_folders(MNIST, [folder])):
+        with pytest.raises(UserError) as refusal:
+            take()
+        expected = f"{name} is what results or options call something else; rename the folder"
+        assert str(refusal.value) == f"--ood-dir {folder}: {expected}"
+
+
+def test_images_counted_beside_the_ood_sets_have_reserved_names():
+    none = Images(torch.empty(0, 1, 8, 8, dtype=torch.uint8), torch.empty(0, dtype=torch.long))
+    assert set(Stage2Data(none, none, none, {}).counts()) | {IND_TEST, PSEUDO, HELD_OUT} < set(RESERVED)
 
 
 # --- arguments ----------------------------------------------------------------------------------

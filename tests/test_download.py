@@ -127,10 +127,7 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.
 
 
 def run(*argv: object) -> int:
-    try:
-        return run_command(download.main, download.get_parser(), [str(word) for word in argv])
-    except SystemExit as stop:
-        return stop.code
+    return run_command(download.main, download.get_parser(), [str(word) for word in argv])
 
 
 def leftovers(data_dir: Path) -> list[str]:
@@ -390,12 +387,18 @@ def test_a_kill_after_the_transfer_costs_no_second_one(server, tiny, tmp_path, m
     assert not (data / "LSUN_fix.part").exists() and verify("LSUN-FIX", data, "test")["count"] == COUNT
 
 
+def origin_of(data_dir: Path) -> str:
+    return json.loads((data_dir / "LSUN-FIX.json").read_text())["files"]["LSUN_fix"]["from"]
+
+
 def test_a_complete_part_of_known_checksum_needs_no_server(server, tiny, tmp_path, monkeypatch):
     md5 = hashlib.md5(server.archive, usedforsecurity=False).hexdigest()
-    monkeypatch.setitem(SOURCES, "LSUN-FIX", replace(tiny, downloads=(replace(tiny.downloads[0], md5=md5),)))
+    known = replace(tiny.downloads[0], md5=md5, addresses=("http://a/x", "http://b/x"))
+    monkeypatch.setitem(SOURCES, "LSUN-FIX", replace(tiny, downloads=(known,)))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "LSUN_fix.part").write_bytes(server.archive)
     assert obtain.obtain("LSUN-FIX", tmp_path / "data") and server.asked == []
+    assert origin_of(tmp_path / "data") == "http://a/x or http://b/x"
 
 
 def test_a_refused_import_keeps_what_a_transfer_brought(server, tiny, tmp_path):
@@ -452,6 +455,7 @@ def test_second_address_is_tried(server, tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(SOURCES, "LSUN-FIX", replace(tiny, downloads=(moved,)))
     assert obtain.obtain("LSUN-FIX", tmp_path / "data")
     assert [path for path, _ in server.asked] == ["/gone", "/LSUN_fix.tar.gz"]
+    assert origin_of(tmp_path / "data") == f"{server.address}/LSUN_fix.tar.gz"
 
 
 def test_failure_says_what_to_fetch_and_how_to_import_it(server, tiny, tmp_path):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -26,10 +27,11 @@ from tests import children
 from training.checkpoints import save_network
 from training.loop import LoopConfig, Recorder, RunState, fit, warmup_schedule
 from training.processes import Processes
+from training.runs import remove_leftovers
 from training.stages import STAGES
 from training.train_classifier import ClassifierObjective
 from training.train_cvae import collapse_remark
-from utils import derive_seed, generator, load_checkpoint, run_command
+from utils import derive_seed, generator, load_checkpoint, replacing, run_command
 
 CPU = Processes(torch.device("cpu"))
 STEPS = 12  # of an epoch of digits: 722 images in batches of 64
@@ -197,6 +199,15 @@ def test_a_resume_with_another_configuration_is_refused(tiny, capsys, option, va
     assert Path("net.pkl.resume").read_bytes() == before
 
 
+def test_a_damaged_state_is_left_for_restart(tiny, capsys):
+    Path("net.pkl.resume").write_bytes(b"half a state")
+    assert tiny(epochs=1) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("train: error: net.pkl.resume: is no checkpoint or is damaged; expected a dict of tensors")
+    assert error.endswith(". Start over with --restart\n") and error.count("\n") == 1
+    assert tiny("--restart", epochs=1) == 0
+
+
 def test_a_stopped_run_may_be_given_more_epochs(tiny):
     tiny(stop={STEPS: signal.SIGTERM}, epochs=2, file="parts")
     assert tiny(epochs=4, file="parts") == 0
@@ -269,10 +280,28 @@ def test_progress_of_one_of_several_processes_waits_for_no_other():
 
 
 def test_what_a_run_killed_while_writing_left_is_removed(tiny):
-    for name in (".net.pkl.a1", ".net.pkl.resume.b2", ".other.pkl.c3"):
+    left = [".net.abcd_123", ".net.resume.zyxw9876"]
+    kept = [
+        ".net.pkl.abcd_123",
+        ".net.pkl.resume.abcd_123",
+        ".net.settings2",
+        ".net.Settings",
+        ".net.a1",
+        ".other.abcd_123",
+    ]
+    for name in left + kept:
         Path(name).write_text("half a file")
-    assert tiny(epochs=1) == 0
-    assert sorted(path.name for path in Path().iterdir()) == [".other.pkl.c3", "net.pkl"]
+    Path(".net.a_folder").mkdir()
+    assert tiny(epochs=1, file="net") == 0
+    assert sorted(path.name for path in Path().iterdir()) == sorted([*kept, ".net.a_folder", "net"])
+
+
+def test_what_is_being_written_has_a_name_that_counts_as_left_behind(tmp_path):
+    for path in (tmp_path / "net", tmp_path / "net.resume"):
+        with replacing(path) as temporary:
+            remove_leftovers(tmp_path / "net")
+            assert not temporary.exists()
+            temporary.touch()  # which is renamed at the end
 
 
 @pytest.mark.parametrize("option", ["--params-dict-name", "--log"])
@@ -280,6 +309,15 @@ def test_a_path_that_cannot_be_written_is_found_before_training(tiny, capsys, op
     Path("file").write_text("")
     assert tiny(option, "file/below.pkl", stop={0: signal.SIGTERM}) == 2
     assert "cannot write file/below.pkl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("length", [239, 246, 300])  # too long for the state, the checkpoint, any file
+@pytest.mark.parametrize("more", [(), ("--restart",)])
+def test_a_name_that_is_too_long_is_found_before_training(tiny, capsys, length, more):
+    assert tiny(*more, file="n" * length, stop={0: signal.SIGTERM}) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"cannot write n+(\.resume)?: the name is too long; give a shorter one\n$", error)
+    assert error.count("\n") == 1 and not list(Path().iterdir())
 
 
 def test_a_folder_as_output_is_refused_before_training(tiny, capsys):

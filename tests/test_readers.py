@@ -8,6 +8,7 @@ import pickle
 import struct
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -244,6 +245,14 @@ def test_folder_errors_name_the_file(tmp_path):
         read_images(tmp_path / "a", 3, 32)
 
 
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+    write_folder(tmp_path, "a", 2)
+    (tmp_path / "a" / "lost.png").symlink_to(tmp_path / "gone.png")
+    expected = r"a/lost\.png: cannot be read \(No such file or directory\)\. Replace or remove it$"
+    with pytest.raises(UserError, match=expected):
+        read_images(tmp_path / "a", 3, 32)
+
+
 def test_huge_images_are_refused_by_name(tmp_path, monkeypatch):
     (path,) = write_folder(tmp_path, "a", 1, size=64)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
@@ -295,6 +304,17 @@ def test_second_reading_decodes_nothing(tmp_path, decoded):
     assert len(decoded) == 5 and (tmp_path / ".a.3x32x32.npz").is_file()
     again, names_again = read_images(tmp_path / "a", 3, 32)
     assert len(decoded) == 5 and np.array_equal(first, again) and names == names_again
+
+
+@pytest.mark.parametrize(("start", "root"), [("a", "."), ("a/deep", ".."), ("a/deep", "../../a"), (".", "a/deep/..")])
+def test_the_packed_file_is_beside_the_folder_however_it_is_named(tmp_path, decoded, monkeypatch, start, root):
+    write_folder(tmp_path, "a", 2)
+    (tmp_path / "a" / "deep").mkdir()
+    monkeypatch.chdir(tmp_path / start)
+    images, names = read_images(Path(root), 3, 32)
+    assert images.shape == (2, 3, 32, 32) and names == ["image_00000.png", "image_00001.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.3x32x32.npz", "a"]
+    assert np.array_equal(read_images(tmp_path / "a", 3, 32)[0], images) and len(decoded) == 2
 
 
 def rewrite(folder):

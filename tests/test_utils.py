@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import pickle
@@ -17,10 +18,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import utils
 from utils import (
     Progress,
     Stopped,
     UserError,
+    check_writable,
     derive_seed,
     generator,
     keep_freed_memory,
@@ -157,6 +160,18 @@ def test_a_full_disk_as_torch_reports_it_leaves_the_old_checkpoint(tmp_path, mon
     assert torch.equal(load_checkpoint(path)["weights"], torch.ones(3))
 
 
+def test_a_name_that_is_too_long_to_be_replaced_is_found_before_the_work(tmp_path):
+    longest = tmp_path / ("n" * 245)  # and a temporary name has a dot before it and nine characters after it
+    check_writable(longest)
+    write_json(longest, {})
+    assert list(tmp_path.iterdir()) == [longest]
+    for path in (tmp_path / ("n" * 246), tmp_path / ("n" * 300), tmp_path / ("d" * 300) / "file"):
+        with pytest.raises(UserError) as refusal:
+            check_writable(path)
+        assert str(refusal.value) == f"cannot write {path}: the name is too long; give a shorter one"
+    assert list(tmp_path.iterdir()) == [longest]
+
+
 class Payload:
     """A pickle that makes a file when it is loaded."""
 
@@ -197,6 +212,24 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content, message):
         load_checkpoint(path)
 
 
+def test_a_file_that_one_may_not_read_is_not_called_damaged(tmp_path, monkeypatch):
+    path = tmp_path / "net.pkl"
+    save_checkpoint(path, {"weights": torch.ones(1)})
+
+    def refuse(file, mode):  # in place of chmod, which does not stop an administrator
+        raise PermissionError(errno.EACCES, "Permission denied", str(file))
+
+    monkeypatch.setattr(utils, "open", refuse, raising=False)
+    with pytest.raises(UserError) as refusal:
+        load_checkpoint(path)
+    assert str(refusal.value) == f"{path}: cannot be read (Permission denied); expected a file you may read"
+
+
+def test_a_folder_is_no_checkpoint(tmp_path):
+    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\); expected a file you may read$"):
+        load_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
 def test_a_checkpoint_cut_short_is_damaged(tmp_path, share):
     path = tmp_path / "net.pkl"
@@ -209,7 +242,7 @@ def test_a_checkpoint_cut_short_is_damaged(tmp_path, share):
 
 def test_a_checkpoint_of_something_else_than_a_dict_is_refused(tmp_path):
     torch.save([torch.ones(1)], tmp_path / "list.pkl")
-    with pytest.raises(UserError, match="list.pkl: holds a list; expected a dict"):
+    with pytest.raises(UserError, match="list.pkl: holds a list; expected a dict of .*save. Make it again"):
         load_checkpoint(tmp_path / "list.pkl")
 
 

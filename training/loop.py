@@ -273,11 +273,11 @@ class RunState:
         """Go on from the saved state, if there is one; write the log's lines up to there.
 
         Raises:
-            UserError: the state is of another configuration, or beyond the epochs asked for.
+            UserError: the state is damaged, of another configuration, or beyond the epochs asked for.
         """
         path = self.recorder.resume
         if path and path.exists():
-            saved = load_checkpoint(path)
+            saved = load_checkpoint(path, remedy="Start over with --restart")
             if saved.get("identity") != self.identity():
                 theirs, ours = saved.get("identity") or {}, self.identity()
                 differ = [

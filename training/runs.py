@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import glob
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +30,26 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensorboard", type=Path, help="write the same figures there for TensorBoard")
 
 
+Needs = dict[str, tuple[str, tuple[str, ...]]]  # an option -> another, and the values of it with which it counts
+
+
+def idle_options(args: argparse.Namespace, parser: argparse.ArgumentParser, needs: Needs) -> list[str]:
+    """A remark on each option that was changed although nothing that was asked for looks at it."""
+    remarks = []
+    for name, (other, values) in needs.items():
+        given = getattr(args, other)
+        counts = set(values) & set(given if isinstance(given, list) else [given])
+        if getattr(args, name) != parser.get_default(name) and not counts:
+            remarks.append(f"--{name.replace('_', '-')} goes with --{other} {' or '.join(values)} only")
+    return remarks
+
+
+def refuse_idle_options(args: argparse.Namespace, parser: argparse.ArgumentParser, needs: Needs) -> None:
+    """Raise `UserError` with the first remark of `idle_options`, if there is one."""
+    for remark in idle_options(args, parser, needs):
+        raise UserError(f"{remark}; leave it out")
+
+
 def is_done(path: Path, origin: dict, args: argparse.Namespace, show: bool) -> bool:
     """Whether `path` holds the result of this very run already (`show` says so); with --restart, forget it.
 
@@ -38,9 +60,10 @@ def is_done(path: Path, origin: dict, args: argparse.Namespace, show: bool) -> b
     """
     resume = resume_path(path)
     if args.restart:
+        check_writable(resume)
         resume.unlink(missing_ok=True)
         return False
-    if resume.exists() or not path.is_file():
+    if os.path.exists(resume) or not os.path.isfile(path):  # unlike Path's, no errors where a name cannot be
         return False
     theirs = getattr(load_checkpoint(path), "origin", {})
     decided = {key: value for key, value in origin.items() if key != "precision" or args.precision != "auto"}
@@ -98,8 +121,9 @@ def train_to_checkpoint(
     if args.log:
         check_writable(args.log)
     # An old state stays until the new one is complete.
-    room = copies * (1 if resume.exists() else 2) * sum(t.nbytes for t in model.state_dict().values())
+    room = copies * (1 if os.path.exists(resume) else 2) * sum(t.nbytes for t in model.state_dict().values())
     check_writable(path, room)
+    check_writable(resume)
     if processes.is_main:
         print(
             f"{about}, {len(data):,} images, {config.epochs} epochs on {processes.device} in {config.precision}",
@@ -127,8 +151,10 @@ def resume_path(path: Path) -> Path:
 
 def remove_leftovers(path: Path) -> None:
     """Remove temporary files of a run that was killed while it wrote `path` or its resumable state."""
+    ours = re.compile(rf"\.{re.escape(path.name)}(\.resume)?\.[a-z0-9_]{{8}}")  # as `replacing` names them
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        leftover.unlink()
+        if ours.fullmatch(leftover.name) and leftover.is_file():
+            leftover.unlink(missing_ok=True)  # another process may be at the same
 
 
 def tensorboard_writer(folder: Path | None) -> Callable[[dict], None]:
