@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 from evaluation.page import Code, Facts, Heading, Picture, Section, Table, Text, write_page
 from evaluation.plots import auroc_over_steps, figure_bytes, roc_curves, save_figure, score_histograms, sweep
@@ -94,8 +95,7 @@ def draw(folder: Path, results: Sequence[Result], samples: Path, changes: dict |
     """Draw everything, write it to `folder`/figures as PNG, and return it for the page."""
     first = results[0]
     ood = first.content["detection"][0]["ood_dataset"]
-    untouched = {row["method"]: row["auroc"] for row in first.content["detection"] if is_baseline(row, ood)}
-    shown = {name: untouched[name] for name in ("MSP", "energy")}
+    of_partition = [result for result in results if result.partition == first.partition]
     where = f"{first.partition}, training seed {first.seed}"
     energies = {option: first.content["config"][option] for option in ("loss_energy", "score_energy")}
     figures = {}
@@ -110,15 +110,18 @@ def draw(folder: Path, results: Sequence[Result], samples: Path, changes: dict |
     detectors |= {run["mode"]: "last" for run in first.content["runs"]}
     curves = {name: tuple(first.of(name, at, images) for images in (IND_TEST, ood)) for name, at in detectors.items()}
     figures["roc"] = (roc_curves(curves, ood), f"ROC curves against {ood}, CMG after the last step; {where}.")
-    runs = [run for result in results if result.partition == first.partition for run in result.content["runs"]]
+    runs = [run for result in of_partition for run in result.content["runs"]]
     if all(run["curve"] for run in runs):
         caption = f"AUROC on {ood} while the head is tuned; {first.partition}, each line a training seed."
-        figures["steps"] = (auroc_over_steps(runs, ood, shown), caption)
+        figures["steps"] = (auroc_over_steps(runs, ood, untouched_means(of_partition, ood)), caption)
     for option, label in SWEEPS.items() if changes else ():
         points = sweep_points(changes, option)
         if all(len(of_mode) > 1 for of_mode in points.values()):
             caption = f"AUROC after the last step against {option}; {where}."
-            figures[option.strip("-")] = (sweep(points, label, own_value(changes, option), shown), caption)
+            figures[option.strip("-")] = (
+                sweep(points, label, own_value(changes, option), untouched_means([first], ood)),
+                caption,
+            )
     pictures = []
     if samples.is_file():
         pictures.append(Picture(samples.read_bytes(), "IND images, reconstructions and pseudo-OOD images", f"{where}."))
@@ -126,6 +129,12 @@ def draw(folder: Path, results: Sequence[Result], samples: Path, changes: dict |
         save_figure(figure, folder / "figures" / f"{name}.png")
         pictures.append(Picture(figure_bytes(figure), caption, caption))
     return pictures
+
+
+def untouched_means(results: Sequence[Result], ood: str) -> dict[str, float]:
+    """The mean AUROC of MSP and energy before fine-tuning."""
+    rows = [row for result in results for row in result.content["detection"] if is_baseline(row, ood)]
+    return {name: mean(row["auroc"] for row in rows if row["method"] == name) for name in ("MSP", "energy")}
 
 
 def is_baseline(row: dict, ood: str) -> bool:
