@@ -274,7 +274,7 @@ HANDED_ON = {  # what is handed on -> the error
     "--eval-args=KNN": "unrecognized arguments: KNN",
     "--classifier-args=--epochs 0": "argument --epochs: 0 is out of range: expected above 0",
     "--cvae-args=--log 'a b": """"--log 'a b" cannot be split into options: no closing quotation""",
-    "--eval-args=--tune joint --anchor 1": "--anchor says how a head is fine-tuned; --tune joint goes without it",
+    "--eval-args=--tune joint --anchor 1": "--anchor goes with --tune head or last-layer only; leave it out",
 }
 
 
@@ -289,9 +289,7 @@ def test_what_is_handed_on_is_checked_before_the_work(tmp_path, monkeypatch, cap
 def test_options_that_do_not_go_with_the_ablations_are_found_before_the_work(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run("--ablations", "--eval-args=--tune joint") == 2
-    message = (
-        "--eval-args: --variant='--anchor 0.1': --anchor says how a head is fine-tuned; --tune joint goes without it"
-    )
+    message = "--eval-args: --variant='--anchor 0.1': --anchor goes with --tune head or last-layer only; leave it out"
     assert capsys.readouterr().err == f"reproduce: error: {message}\n" and not any(tmp_path.iterdir())
 
 
