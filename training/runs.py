@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from training.options import option
 from utils import UserError, check_writable, load_checkpoint, positive_int
 
 IMAGES_PER_STATE = 5000  # at least, by default: writing the state would take longer than the epochs of a small data set
@@ -40,7 +41,7 @@ def idle_options(args: argparse.Namespace, parser: argparse.ArgumentParser, need
         given = getattr(args, other)
         counts = set(values) & set(given if isinstance(given, list) else [given])
         if getattr(args, name) != parser.get_default(name) and not counts:
-            remarks.append(f"--{name.replace('_', '-')} goes with --{other} {' or '.join(values)} only")
+            remarks.append(f"{option(name)} goes with {option(other)} {' or '.join(values)} only")
     return remarks
 
 
