@@ -60,6 +60,7 @@ METHOD = (
     "pseudo_pool",
     "precision",
 )
+NAMED = (*METHOD, "ood_dir", "baselines")  # what the default name of the results tells
 NOT_JOINT = dict.fromkeys(
     ("pseudo_batch_size", "check_every", "anchor", "pseudo_pool", "save_detector"), ("tune", ("head", "last-layer"))
 )
@@ -185,7 +186,7 @@ def main(args: argparse.Namespace) -> None:
 
     setup = read_arguments(args)
     refuse_idle_options(args, get_parser(), NEEDS)
-    changed = changed_options(args, get_parser(), METHOD)
+    changed = changed_options(args, get_parser(), NAMED)
     output = args.output or default_output(setup.task_name, setup.partition, setup.modes, setup.seeds, changed)
     for path in filter(None, (output, args.save_scores, args.save_detector)):
         check_writable(path)

@@ -75,6 +75,14 @@ def run_command(main: Callable, parser: argparse.ArgumentParser, argv: list[str]
     except UserError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # of a path that nothing looked at before: a closed folder, a name too long, a disk gone
+        if error.filename is None:
+            raise
+        print(
+            f"{parser.prog}: error: {error.filename}: {error.strerror}; expected a path that is open to you",
+            file=sys.stderr,
+        )
+        return 2
     except Stopped as stop:
         print(f"{parser.prog}: {stop}", file=sys.stderr)
         return 128 + stop.signum
@@ -153,10 +161,12 @@ def pick_all(flag: str, names: list[str], known: Sequence[str], task_name: str) 
 
 
 def changed_options(args: argparse.Namespace, parser: argparse.ArgumentParser, names: Sequence[str]) -> str:
-    """What was given otherwise than by default, for names of files: "_lr-0.001_margins-0.3-0.7", or nothing."""
+    """What was given otherwise than by default, for names of files: "_lr-0.001_margins-0.3-0.7", or nothing; of a
+    path its last part."""
     changed = {name: getattr(args, name) for name in names if getattr(args, name) != parser.get_default(name)}
     lists = {name: value if isinstance(value, list) else [value] for name, value in changed.items()}
-    return "".join(f"_{name}-{'-'.join(map(str, values))}" for name, values in lists.items())
+    words = {name: [v.name if isinstance(v, Path) else str(v) for v in values] for name, values in lists.items()}
+    return "".join(f"_{'-'.join([name, *values])}" for name, values in words.items())
 
 
 # --- seeds --------------------------------------------------------------------------------------

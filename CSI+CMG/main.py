@@ -28,7 +28,7 @@ from utils import (
     seed_number,
 )
 
-METHOD = ("ood_dataset", "epochs", "batch_size", "lr", "check_every", "train_bn1", "precision")
+METHOD = ("ood_dataset", "epochs", "batch_size", "lr", "check_every", "train_bn1", "precision", "ood_dir")
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils import autocast, environment, pick_device, pick_precision, positive_int, run_command
+from utils import add_device_arguments, autocast, environment, pick_device, pick_precision, positive_int, run_command
 
 CLASSES = 10
 
@@ -25,8 +25,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=positive_int, help="images per step, of 8 views each")
     parser.add_argument("--repeats", type=positive_int)
     parser.add_argument("--width", type=positive_int, default=64, help="channels of the first stage (default: 64)")
-    parser.add_argument("--device", help="(default: the first CUDA GPU, else the CPU)")
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    add_device_arguments(parser)
     return parser
 
 

@@ -11,7 +11,6 @@ JSON object.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -49,6 +48,8 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     from benchmarks.measure import print_json
+    from evaluation.report import markdown, spread
+    from utils import environment, pick_device
 
     seeds = args.seeds[:2] if args.quick else args.seeds
     task_name, task, partition = task_from_arguments(args)
@@ -67,19 +68,16 @@ def main(args: argparse.Namespace) -> None:
                 place = Path(folder) / f"{seed}_{precision}"
                 for name, value in learn(which, more, args.quick, seed, precision, place).items():
                     found.setdefault(name, {}).setdefault(precision, []).append(value)
-    lines = ["| figure | fp32 | bf16 | bf16 - fp32 |", "| --- | --- | --- | --- |"]
-    figures = {}
+    rows, figures = [], {}
     for name, values in found.items():
-        cells = {
-            p: (statistics.mean(values[p]), statistics.stdev(values[p]) if len(seeds) > 1 else 0) for p in PRECISIONS
-        }
-        difference = cells["bf16"][0] - cells["fp32"][0]
-        lines.append(
-            f"| {name} | " + " | ".join(f"{m:.4f} ± {sd:.4f}" for m, sd in cells.values()) + f" | {difference:+.4f} |"
-        )
-        figures[name] = {p: {"mean": m, "sd": sd} for p, (m, sd) in cells.items()} | {"difference": difference}
-    print(f"\n{task_name} {partition}, seeds {' '.join(map(str, seeds))}\n\n" + "\n".join(lines))
-    print_json(figures | {"seeds": seeds})
+        spreads = {precision: spread(values[precision]) for precision in PRECISIONS}
+        difference = spreads["bf16"]["mean"] - spreads["fp32"]["mean"]
+        texts = [f"{one['mean']:.4f} ± {one['sd']:.4f}" for one in spreads.values()]
+        rows.append([name, *texts, f"{difference:+.4f}"])
+        figures[name] = spreads | {"difference": difference}
+    print(f"\n{task_name} {partition}, seeds {' '.join(map(str, seeds))}\n")
+    print(markdown(["figure", *PRECISIONS, "bf16 - fp32"], rows))
+    print_json({"figures": figures, "seeds": seeds} | environment(pick_device(args.device)))
 
 
 def learn(

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from utils import positive_int, run_command
+from utils import add_device_arguments, positive_int, run_command
 
 TASKS = ("same_dataset_mnist", "same_dataset_cifar10")
 
@@ -27,8 +27,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--task", choices=TASKS, default=TASKS[0], help="whose networks (default: %(default)s)")
     parser.add_argument("--images", type=positive_int, help="(default: 10,000; 500 with --quick)")
     parser.add_argument("--rounds", type=positive_int, help="of which the median counts (default: 3; 1)")
-    parser.add_argument("--device", help="(default: the first CUDA GPU, else the CPU)")
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of both")
+    add_device_arguments(parser)
     return parser
 
 
@@ -40,7 +39,7 @@ def main(args: argparse.Namespace) -> None:
     from evaluation.predictions import predict_files, write_csv
     from models.inference import CHUNK, in_chunks
     from predict import image_files
-    from utils import pick_device, pick_precision
+    from utils import environment, pick_device, pick_precision
 
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
@@ -63,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
         times = in_turn({"predict": run_predict, "floor": run_floor}, rounds, device)
     rate = {who: count / taken for who, taken in times.items()}
     share = rate["predict"] / rate["floor"]
-    print(f"{args.task} on {device} in {precision}, {torch.get_num_threads()} threads: {count:,} images, ", end="")
+    print(f"{args.task} on {device} in {precision}: {count:,} images, ", end="")
     print(f"predict {rate['predict']:,.0f} images/s, floor {rate['floor']:,.0f}, share {share:.2f}")
     print_json(
         {
@@ -74,6 +73,7 @@ def main(args: argparse.Namespace) -> None:
             "peak_mib": peak_mib(device),
             "precision": precision,
         }
+        | environment(device)
     )
 
 

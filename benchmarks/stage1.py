@@ -2,7 +2,7 @@
 
     python -m benchmarks.stage1 [--quick] [--device cuda]
 
-plain: a torchvision-style data set of PIL images, ToTensor, DataLoader, fp32, ordinary Adam.
+plain: a torchvision-style data set of PIL images, ToTensor, DataLoader, fp32 whatever --precision, ordinary Adam.
 floor: forward, backward and optimizer step on one batch that is already there, in our precision.
 The last line is a JSON object, one entry per network.
 """
@@ -14,7 +14,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-from utils import positive_int, run_command
+from utils import add_device_arguments, positive_int, run_command
 
 NETWORKS = {
     "mnist_classifier": ("same_dataset_mnist", "train_classifier"),
@@ -29,8 +29,7 @@ def get_parser() -> argparse.ArgumentParser:
         "benchmarks.stage1", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="small batches: under a minute, rough figures")
-    parser.add_argument("--device", help="(default: the first CUDA GPU, else the CPU)")
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="ours and the floor's")
+    add_device_arguments(parser)
     parser.add_argument("--network", nargs="+", choices=list(NETWORKS), default=list(NETWORKS), help="(default: all)")
     parser.add_argument("--batch-size", type=positive_int, help="(default: 512, the method's; 64 with --quick)")
     parser.add_argument("--steps", type=positive_int, help="steps per round (default: 4, on a GPU 40; 2 with --quick)")
@@ -60,7 +59,7 @@ def measure(name: str, args: argparse.Namespace) -> dict:
     from training.loop import LoopConfig, Recorder, fit
     from training.processes import Processes
     from training.stages import STAGES
-    from utils import pick_device, pick_precision, tune_processor
+    from utils import environment, pick_device, pick_precision, tune_processor
 
     tune_processor()
     task_name, command = NETWORKS[name]
@@ -105,7 +104,7 @@ def measure(name: str, args: argparse.Namespace) -> dict:
         "tflops": round(tflops, 3),
         "matmul_tflops": round(matmul_tflops(device, torch.bfloat16 if precision == "bf16" else torch.float32), 3),
         "precision": precision,
-    }
+    } | environment(device)
 
 
 def plain_loop(model, data, command: str, task, batch_size: int, device):

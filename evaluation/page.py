@@ -119,7 +119,7 @@ def anchor(text: str) -> str:
 
 def is_number(cell: str) -> bool:
     """Whether a cell is a number, as "97.12", "80.61 ± 0.93", "1,208.8 s", or stands for none: "" or a dash."""
-    return cell in ("", "-", "–") or cell.lstrip("+-−±≈<> ")[:1].isdigit()
+    return cell in ("", "-") or cell.lstrip("+-−±≈<> ")[:1].isdigit()
 
 
 def media_type(content: bytes) -> str:

@@ -15,6 +15,8 @@ IND_TEST, PSEUDO = tasks.IND_TEST, tasks.PSEUDO
 THE_METHOD = "the method"  # what is compared with changes of it
 POSITIVE_CLASS = "OOD is the positive class; a larger score means more likely OOD"
 
+FIGURES = {"auroc": "AUROC", "fpr95": "FPR95", "aupr_out": "AUPR-out", "aupr_in": "AUPR-in"}
+IND_FIGURES = {"accuracy": "accuracy", "ece": "ECE (15 bins)"}
 # Scores of the untouched classifier, over all its logits.
 BASELINES: dict[str, Callable[[Tensor], Tensor]] = {"MSP": msp_score, "energy": energy}
 
@@ -33,9 +35,59 @@ def detection_row(
     )
 
 
+# --- means ---------------------------------------------------------------------------------------
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """The "mean", "sd" (the sample's; 0 of one value) and "n" of values."""
+    sd = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.mean(values), "sd": sd, "n": len(values)}
+
+
+def summarise(rows: Iterable[dict], keys: Sequence[str], figures: Iterable[str]) -> list[dict]:
+    """Rows that agree in `keys` as one, with the `spread` of each figure that some of them have."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return [
+        dict(zip(keys, key, strict=True))
+        | {
+            figure: spread(values)
+            for figure in figures
+            if (values := [row[figure] for row in members if figure in row])
+        }
+        for key, members in groups.items()
+    ]
+
+
+def means(rows: Iterable[dict], keys: Sequence[str], figures: Sequence[str]) -> list[dict]:
+    """Rows that agree in `keys` as one row of the means."""
+    return [
+        {name: value if name in keys else value["mean"] for name, value in row.items()}
+        for row in summarise(rows, keys, figures)
+    ]
+
+
+def cell(figure: dict[str, float] | None) -> str:
+    """A `spread` in per cent: "97.12 ± 0.34", or "97.12" of one value, or "-" of none."""
+    if figure is None:
+        return "-"
+    mean = f"{100 * figure['mean']:.2f}"
+    return f"{mean} ± {100 * figure['sd']:.2f}" if figure["n"] > 1 else mean
+
+
+def mean_and_sd(values: Sequence[float]) -> str:
+    """Likewise, of the values themselves."""
+    return cell(spread(values) if values else None)
+
+
+def cells(summary: Iterable[dict], keys: Sequence[str], figures: Iterable[str]) -> list[list[str]]:
+    """A line of a table for each row of `summarise`."""
+    return [[*(row[key] for key in keys), *(cell(row.get(figure)) for figure in figures)] for row in summary]
+
+
 # --- the table ----------------------------------------------------------------------------------
 
-FIGURES = {"auroc": "AUROC", "fpr95": "FPR95", "aupr_out": "AUPR-out", "aupr_in": "AUPR-in"}
 NOTES = {
     "last": "after the last step, nothing selected: the figure to stand for",
     "validated": "at the step chosen on IND images kept from training, against pseudo-OOD images",
@@ -46,7 +98,8 @@ NOTES = {
 
 def format_table(rows: list[dict]) -> str:
     """Detection rows as text in per cent, seeds merged into mean ± standard deviation."""
-    table = merge_seeds(rows, ["ood_dataset", "method", "at"], FIGURES)
+    keys = ("ood_dataset", "method", "at")
+    table = cells(summarise(rows, keys, FIGURES), keys, FIGURES)
     used = {row["at"] for row in rows}
     notes = [f"{at}: {note}." for at, note in NOTES.items() if at in used]
     return "\n".join(
@@ -56,31 +109,9 @@ def format_table(rows: list[dict]) -> str:
 
 def format_ind_table(rows: list[dict]) -> str:
     """Rows of figures on IND test images, likewise."""
-    figures = {"accuracy": "accuracy", "ece": "ECE (15 bins)"}
-    return align([["IND test images", "step", *figures.values()], *merge_seeds(rows, ["method", "at"], figures)])
-
-
-def merge_seeds(rows: list[dict], keys: list[str], figures: Iterable[str]) -> list[list[str]]:
-    """One line for all rows that agree in `keys`: those, then mean and deviation of each figure."""
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return [
-        [*key, *(mean_and_sd([row[f] for row in members if f in row]) for f in figures)]
-        for key, members in groups.items()
-    ]
-
-
-def mean_over_seeds(rows: list[dict]) -> list[dict]:
-    """Rows that differ in their seed and figures alone as one row of the means."""
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        names = tuple((key, row[key]) for key in ("method", "ood_dataset", "at") if key in row)
-        groups.setdefault(names, []).append({key: value for key, value in row.items() if isinstance(value, float)})
-    return [
-        dict(names) | {figure: statistics.mean(row[figure] for row in members) for figure in members[0]}
-        for names, members in groups.items()
-    ]
+    keys = ("method", "at")
+    table = cells(summarise(rows, keys, IND_FIGURES), keys, IND_FIGURES)
+    return align([["IND test images", "step", *IND_FIGURES.values()], *table])
 
 
 def align(lines: list[list[str]]) -> str:
@@ -95,11 +126,3 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def mean_and_sd(values: list[float]) -> str:
-    """Per cent: "97.12", or "97.12 ± 0.34" of several values (sample standard deviation), or "-" of none."""
-    if not values:
-        return "-"
-    mean = f"{100 * statistics.mean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.2f}"

@@ -24,7 +24,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    from evaluation.report import format_ind_table, format_table, mean_over_seeds
+    from evaluation.report import FIGURES, IND_FIGURES, format_ind_table, format_table, means
 
     results = [read_result(path) for path in args.results]
     first, seen = results[0], set()
@@ -47,8 +47,9 @@ def main(args: argparse.Namespace) -> None:
                     f"{odd} is in one of {path} and {args.results[0]} only: make both with the same options"
                 )
     print(f"Mean ± standard deviation over {len(results)} results of {first['task']}, each the mean of its seeds\n")
-    print(format_table([row for result in results for row in mean_over_seeds(result["detection"])]))
-    print(f"\n{format_ind_table([row for result in results for row in mean_over_seeds(result['ind'])])}")
+    detection = [means(result["detection"], ("ood_dataset", "method", "at"), FIGURES) for result in results]
+    ind = [means(result["ind"], ("method", "at"), IND_FIGURES) for result in results]
+    print(f"{format_table(sum(detection, []))}\n\n{format_ind_table(sum(ind, []))}")
 
 
 def read_result(path: Path) -> dict:

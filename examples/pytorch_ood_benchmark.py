@@ -110,9 +110,10 @@ def compare(benchmark, classifier, cvae, config, seed: int, batch_size: int) -> 
 
 def format_rows(rows: list[dict]) -> str:
     """The rows as a table in per cent."""
-    from evaluation.report import FIGURES, POSITIVE_CLASS, align, merge_seeds
+    from evaluation.report import FIGURES, POSITIVE_CLASS, align, cells, summarise
 
-    table = merge_seeds(rows, ["ood_dataset", "method"], FIGURES)
+    keys = ("ood_dataset", "method")
+    table = cells(summarise(rows, keys, FIGURES), keys, FIGURES)
     return f"{align([['OOD set', 'method', *FIGURES.values()], *table])}\n\n{POSITIVE_CLASS}."
 
 

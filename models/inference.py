@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 
 from utils import Progress, autocast
 
 # Images at once: what keeps a GPU busy; what a processor holds in its caches (2,048 are 1.6 times slower there).
 CHUNK = {"cuda": 2048, "cpu": 128}
+
+
+def for_inference(network: nn.Module) -> nn.Module:
+    """A copy of a network, in eval mode, that computes the same in less time, up to rounding.
+
+    Batch normalisation becomes part of the convolution before it. And the weights ask for gradients, though nobody
+    computes any: only then does autocast keep its bf16 copies of them, instead of making new ones for every chunk.
+    """
+    network = copy.deepcopy(network).eval()
+    for name, part in network.named_children():
+        if any(isinstance(layer, nn.BatchNorm2d) for layer in part.modules()):
+            setattr(network, name, fuse(part))
+    return network.requires_grad_(True)
 
 
 @torch.no_grad()

@@ -104,8 +104,10 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.block[0](x)
-        return x + self.block[1:](x)
+        x = skip = self.block[0](x)
+        for layer in self.block[1:]:
+            x = layer(x)
+        return skip + x
 
 
 NARROW = 16  # width of the family "narrow": the CIFAR-10 networks with a quarter of the channels, for quick trials

@@ -154,10 +154,11 @@ def submit(jobs: Sequence[Job], folder: Path, cluster: str = "slurm", **paramete
         the number in the queue of each job, by name.
 
     Raises:
-        UserError: submitit is not installed, there is no Slurm here, or a parameter cannot be.
+        UserError: submitit is not installed, there is no Slurm here, a parameter cannot be, or Slurm refuses the jobs.
     """
     try:
         import submitit
+        from submitit.core.utils import FailedSubmissionError, UncompletedJobError
     except ImportError:
         raise UserError("--launcher slurm needs submitit: pip install submitit") from None
     time_outs = parameters.pop("slurm_max_num_timeout", TIME_OUTS)  # of the executor itself, not of what it submits
@@ -177,7 +178,11 @@ def submit(jobs: Sequence[Job], folder: Path, cluster: str = "slurm", **paramete
             except (NameError, TypeError, ValueError, AssertionError) as error:
                 reason = str(error).partition("\n")[0]
                 raise UserError(f"--slurm {name}={value}: submitit does not take it: {reason}") from None
-        submitted = executor.map_array(ClusterJob(), [str(job.folder) for job in waiting])
+        try:
+            submitted = executor.map_array(ClusterJob(), [str(job.folder) for job in waiting])
+        except (UncompletedJobError, FailedSubmissionError) as error:
+            reason = next((line for line in str(error).splitlines() if line.strip()), "it says nothing")
+            raise UserError(f"--launcher slurm: sbatch refuses the jobs: {reason}; mend --slurm") from None
         numbers |= {job.name: one.job_id for job, one in zip(waiting, submitted, strict=True)}
         write_json(queue, numbers)
     return {job.name: numbers[job.name] for job in jobs}

@@ -6,11 +6,10 @@ import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
 
 from evaluation.page import Code, Facts, Heading, Picture, Section, Table, Text, write_page
 from evaluation.plots import auroc_over_steps, figure_bytes, roc_curves, save_figure, score_histograms, sweep
-from evaluation.report import IND_TEST, PSEUDO, THE_METHOD, markdown
+from evaluation.report import BASELINES, IND_TEST, PSEUDO, THE_METHOD, cell, markdown, means, summarise
 from reproduction import tables
 from reproduction.tables import Result
 from utils import replacing, write_json
@@ -83,8 +82,8 @@ def ablation_cells(changes: dict) -> tuple[list[str], list[list[str]]]:
     rows = []
     for variant, one in changes["variants"].items():
         last = [row for row in one["detection"] if row["at"] == "last" and row["ood_dataset"] == ood]
-        found = {row["method"]: row for row in tables.summarise(last, ("method",), ["auroc"])}
-        rows.append([variant or THE_METHOD, *(tables.cell(found[mode]["auroc"]) for mode in modes)])
+        found = {row["method"]: row for row in summarise(last, ("method",), ["auroc"])}
+        rows.append([variant or THE_METHOD, *(cell(found[mode]["auroc"]) for mode in modes)])
     return ["options of eval", *(f"{mode}, AUROC last" for mode in modes)], rows
 
 
@@ -134,7 +133,7 @@ def draw(folder: Path, results: Sequence[Result], samples: Path, changes: dict |
 def untouched_means(results: Sequence[Result], ood: str) -> dict[str, float]:
     """The mean AUROC of MSP and energy before fine-tuning."""
     rows = [row for result in results for row in result.content["detection"] if is_baseline(row, ood)]
-    return {name: mean(row["auroc"] for row in rows if row["method"] == name) for name in ("MSP", "energy")}
+    return {row["method"]: row["auroc"] for row in means(rows, ("method",), ("auroc",)) if row["method"] in BASELINES}
 
 
 def is_baseline(row: dict, ood: str) -> bool:

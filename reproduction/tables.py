@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from evaluation.report import FIGURES, IND_TEST, NOTES, POSITIVE_CLASS
+from evaluation.report import FIGURES, IND_FIGURES, IND_TEST, NOTES, POSITIVE_CLASS, cells, summarise
 from utils import replacing
-
-IND_FIGURES = {"accuracy": "accuracy", "ece": "ECE"}
-DASH = "–"
 
 
 @dataclass(frozen=True)
@@ -41,23 +37,6 @@ def read_result(partition: str, seed: int, output: Path, scores: Path) -> Result
     """What eval left in its JSON file and its archive of scores."""
     with np.load(scores) as archive:
         return Result(partition, seed, json.loads(output.read_text()), dict(archive))
-
-
-def summarise(rows: Iterable[dict], keys: Sequence[str], figures: Iterable[str]) -> list[dict]:
-    """Rows that agree in `keys` as one: for each figure that some of them have its "mean", "sd" (0 of one) and "n"."""
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    summary = []
-    for key, members in groups.items():
-        merged = dict(zip(keys, key, strict=True))
-        for figure in figures:
-            values = [row[figure] for row in members if figure in row]
-            if values:
-                sd = statistics.stdev(values) if len(values) > 1 else 0.0
-                merged[figure] = {"mean": statistics.mean(values), "sd": sd, "n": len(values)}
-        summary.append(merged)
-    return summary
 
 
 def detection_summary(results: Sequence[Result]) -> list[dict]:
@@ -123,33 +102,16 @@ def differences(results: Sequence[Result], summary: Sequence[dict]) -> list[dict
 # --- text ---------------------------------------------------------------------------------------
 
 
-def cell(figure: dict | None) -> str:
-    """Mean and standard deviation in per cent: "97.12 ± 0.34", or "97.12" of one value."""
-    if figure is None:
-        return DASH
-    mean = f"{100 * figure['mean']:.2f}"
-    return f"{mean} ± {100 * figure['sd']:.2f}" if figure["n"] > 1 else mean
-
-
 def detection_cells(summary: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of detection."""
-    rows = [
-        [
-            row["ood_dataset"],
-            row["method"],
-            row["at"],
-            *(cell(row.get(figure)) for figure in FIGURES),
-            row["auroc"]["n"],
-        ]
-        for row in summary
-    ]
-    return ["OOD set", "method", "step", *FIGURES.values(), "n"], [list(map(str, row)) for row in rows]
+    rows = cells(summary, ("ood_dataset", "method", "at"), FIGURES)
+    counts = [str(row["auroc"]["n"]) for row in summary]
+    return ["OOD set", "method", "step", *FIGURES.values(), "n"], [[*r, n] for r, n in zip(rows, counts, strict=True)]
 
 
 def ind_cells(summary: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of figures on IND test images."""
-    rows = [[row["method"], row["at"], *(cell(row.get(figure)) for figure in IND_FIGURES)] for row in summary]
-    return ["IND test images", "step", "accuracy", "ECE (15 bins)"], rows
+    return ["IND test images", "step", *IND_FIGURES.values()], cells(summary, ("method", "at"), IND_FIGURES)
 
 
 def difference_cells(found: Sequence[dict]) -> tuple[list[str], list[list[str]]]:

@@ -158,8 +158,9 @@ def test_precision_compares_the_same_seeds(tmp_path, monkeypatch, capsys):
     argv = ["--quick", "--device", "cpu", "--classifier-args=--epochs 2", "--eval-args=--mode CMG-energy"]
     assert run_command(precision.main, precision.get_parser(), argv) == 0
     *table, last = capsys.readouterr().out.splitlines()
-    figures = json.loads(last)
-    assert figures.pop("seeds") == [1, 2]
+    last = json.loads(last)
+    assert last["seeds"] == [1, 2] and last["device"] == "cpu"
+    figures = last["figures"]
     assert {"accuracy", "mse", "kl_nats", "AUROC CMG-energy last, held-out-classes"} <= set(figures)
     for name, found in figures.items():
         difference = found["bf16"]["mean"] - found["fp32"]["mean"]

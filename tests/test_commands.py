@@ -453,12 +453,15 @@ def test_a_last_batch_that_cannot_be_normalised_is_one_line(workplace, capsys):
 def test_names_of_results_say_what_was_changed():
     def name(*options):
         args = eval.get_parser().parse_args([str(option) for option in options])
-        return eval.default_output("t", "p", ["m"], [1, 2], changed_options(args, eval.get_parser(), eval.METHOD)).name
+        return eval.default_output("t", "p", ["m"], [1, 2], changed_options(args, eval.get_parser(), eval.NAMED)).name
 
     assert name() == "t_p_m_seed1-2.json"
     assert name("--anchor", 0.1, "--margins", 0.3, 0.7) == "t_p_m_seed1-2_margins-0.3-0.7_anchor-0.1.json"
     assert name("--precision", "fp32", "--lr", 0.1) == "t_p_m_seed1-2_lr-0.1_precision-fp32.json"
     assert name("--ood-dataset", "SVHN", "LSUN") == "t_p_m_seed1-2_ood_dataset-SVHN-LSUN.json"
+    assert name("--ood-dir", "a/birds", "--ood-dir", "b/fish") == "t_p_m_seed1-2_ood_dir-birds-fish.json"
+    assert name("--baselines") == "t_p_m_seed1-2_baselines.json"
+    assert name("--baselines", "KNN", "ViM") == "t_p_m_seed1-2_baselines-KNN-ViM.json"
 
 
 def test_a_default_name_that_is_too_long_is_found_before_the_work(workplace, capsys):

@@ -271,8 +271,9 @@ def test_own_images_through_the_whole_chain(own_images, tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "ckpt").iterdir()) == sorted(files)
     assert len(load_checkpoint(tmp_path / "ckpt" / f"csi_{name}.pkl")["linear.bias"]) == 2
     results = {file: json.loads((tmp_path / "results" / file).read_text()) for file in os.listdir(tmp_path / "results")}
-    evaluated = {f"csi_{name}_eval.json", f"csi_{name}_eval_precision-fp32.json"}
-    assert set(results) == evaluated | {f"csi_cmg_{name}_seed123_epochs-1_precision-fp32.json"}
+    own = "ood_dir-insects"
+    evaluated = {f"csi_{name}_eval_{own}.json", f"csi_{name}_eval_precision-fp32_{own}.json"}
+    assert set(results) == evaluated | {f"csi_cmg_{name}_seed123_epochs-1_precision-fp32_{own}.json"}
     for result in results.values():
         assert result["dataset"] == name and (result["images"]["IND test"], result["images"]["insects"]) == (8, 5)
         assert {row["ood_dataset"] for row in result["detection"]} == {"insects"}

@@ -13,7 +13,7 @@ from sklearn.metrics import auc as area
 from sklearn.metrics import precision_recall_curve, roc_auc_score, roc_curve
 
 from evaluation.metrics import accuracy, auroc, detection_metrics, expected_calibration_error
-from evaluation.report import mean_and_sd, merge_seeds
+from evaluation.report import cells, mean_and_sd, means, summarise
 
 scores = st.lists(st.integers(0, 12).map(float), min_size=2, max_size=30)  # few values, so many ties
 
@@ -116,4 +116,8 @@ def test_mean_and_sample_deviation_in_per_cent():
 
 def test_seeds_of_a_group_become_one_line():
     rows = [{"method": m, "seed": s, "auroc": a} for m, s, a in [("x", 1, 0.1), ("y", 1, 0.4), ("x", 2, 0.3)]]
-    assert merge_seeds(rows, ["method"], ["auroc", "ece"]) == [["x", "20.00 ± 14.14", "-"], ["y", "40.00", "-"]]
+    found = summarise(rows, ["method"], ["auroc", "ece"])
+    assert found[0] == {"method": "x", "auroc": {"mean": 0.2, "sd": pytest.approx(0.02**0.5), "n": 2}}
+    assert found[1] == {"method": "y", "auroc": {"mean": 0.4, "sd": 0.0, "n": 1}}
+    assert cells(found, ["method"], ["auroc", "ece"]) == [["x", "20.00 ± 14.14", "-"], ["y", "40.00", "-"]]
+    assert means(rows, ["method"], ["auroc", "ece"]) == [{"method": "x", "auroc": 0.2}, {"method": "y", "auroc": 0.4}]

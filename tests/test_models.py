@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from models.inference import for_inference
 from models.layers import NineConvolutions, ResidualBlock
 from models.main_model import MainModel
 from models.vae import Codes, ConditionalVAE, PlainEncoder, decode_pseudo_ood, draw_codes, mix_embeddings
@@ -253,3 +254,31 @@ def test_codes_move_and_slice_as_one():
     codes = draw_codes(7, 6, 4, torch.Generator().manual_seed(0))
     part = codes.rows(2, 5).to(torch.device("cpu"))
     assert all(torch.equal(a, b[2:5]) for a, b in zip(part, codes, strict=True)) and isinstance(part, Codes)
+
+
+@pytest.mark.parametrize("dataset", ["mnist", "cifar10", "narrow"])
+def test_networks_for_inference_compute_the_same(dataset):
+    random = torch.Generator().manual_seed(0)
+    channels, size = (1, 28) if dataset == "mnist" else (3, 32)
+    classifier, vae = MainModel(size, channels, 11, dataset), ConditionalVAE(8, channels, size, 6, dataset)
+    images = torch.rand(4, channels, size, size, generator=random)
+    codes = draw_codes(4, 6, 8, random)
+    for network in (classifier, vae):
+        for layer in network.modules():
+            if isinstance(layer, torch.nn.BatchNorm2d):  # statistics and weights as after training
+                for tensor, low, high in (
+                    (layer.running_mean, -1, 1),
+                    (layer.running_var, 0.5, 2),
+                    (layer.weight, 0, 2),
+                ):
+                    tensor.data = low + (high - low) * torch.rand(tensor.shape, generator=random)
+    before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
+    quick, quick_vae = for_inference(classifier), for_inference(vae)
+    assert classifier.training and not quick.training  # the network itself stays as it is
+    assert all(torch.equal(tensor, before[name]) for name, tensor in classifier.state_dict().items())
+    assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in quick.convE.modules())
+    with torch.no_grad():
+        expected = classifier.eval()(images)
+        torch.testing.assert_close(quick(images), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+        expected = decode_pseudo_ood(vae.eval(), codes, 3.0)
+        torch.testing.assert_close(decode_pseudo_ood(quick_vae, codes, 3.0), expected, rtol=0, atol=1e-4)

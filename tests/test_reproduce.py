@@ -22,7 +22,6 @@ from evaluation import plots
 from evaluation.report import markdown
 from reproduction.jobs import Job, Step, last_line, read_job, run_job
 from reproduction.launchers import is_queued, local_slots, run_local, submit
-from reproduction.tables import cell, summarise
 from utils import UserError, run_command
 
 ROOT = Path(__file__).parents[1]
@@ -533,13 +532,20 @@ def test_time_outs_are_a_number(tmp_path):
         submit([], tmp_path, slurm_max_num_timeout="often")
 
 
+def test_what_sbatch_refuses_is_one_line(tmp_path, monkeypatch):
+    for name, body in {"srun": "exit 0", "sbatch": "echo 'sbatch: error: invalid partition: gpux' >&2; exit 1"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    job = tiny_job(tmp_path / "a", WRITES)
+    with pytest.raises(UserError) as raised:
+        submit([job], tmp_path / "queue", timeout_min=60, slurm_partition="gpux")
+    refusal = "sbatch refuses the jobs: sbatch: error: invalid partition: gpux; mend --slurm"
+    assert str(raised.value) == f"--launcher slurm: {refusal}" and not (tmp_path / "queue" / "queue.json").exists()
+
+
 # --- tables -------------------------------------------------------------------------------------
 
 
-def test_summaries_by_hand():
-    rows = [{"method": "a", "auroc": 0.5}, {"method": "b", "auroc": 0.9}, {"method": "a", "auroc": 0.7, "fpr95": 0.2}]
-    found = summarise(rows, ("method",), ("auroc", "fpr95"))
-    assert found[0]["auroc"] == {"mean": 0.6, "sd": pytest.approx(0.02**0.5), "n": 2}
-    assert found[0]["fpr95"] == {"mean": 0.2, "sd": 0.0, "n": 1} and "fpr95" not in found[1]
-    assert cell(found[0]["auroc"]) == "60.00 ± 14.14" and cell(found[1]["auroc"]) == "90.00" and cell(None) == "–"
+def test_markdown_by_hand():
     assert markdown(["x", "y"], [["1", "2"]]) == "| x | y |\n| --- | --- |\n| 1 | 2 |"

@@ -195,12 +195,23 @@ class Run:
 
 
 class HeadStack:
-    """Copies of a head, trained side by side as one batched computation."""
+    """Copies of a head, trained side by side as one batched computation.
+
+    Attributes:
+        leaves: what is optimized, by name: [K, ...] for K copies. Weights are transposed there: the gradient of a
+            batched product comes out that way, and to turn it round took longer than the product.
+    """
 
     def __init__(self, head: nn.Module, copies: int):
         self.head = head
         self.start = {name: p.detach() for name, p in head.named_parameters()}
-        self.parameters = {name: p.repeat(copies, *[1] * p.dim()).requires_grad_() for name, p in self.start.items()}
+        repeated = {name: p.repeat(copies, *[1] * p.dim()) for name, p in self.start.items()}
+        self.leaves = {name: turned(p).contiguous().requires_grad_() for name, p in repeated.items()}
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters by name, as the head has them: [K, ...]."""
+        return {name: turned(leaf) for name, leaf in self.leaves.items()}
 
     def __call__(self, features: Tensor) -> Tensor:
         """[K, B, F] -> [K, B, C], each copy on its own batch."""
@@ -212,11 +223,16 @@ class HeadStack:
 
     def view(self, k: int) -> dict[str, Tensor]:
         """The parameters of copy k, which change as training goes on."""
-        return {name: p.detach()[k] for name, p in self.parameters.items()}
+        return {name: turned(leaf.detach())[k] for name, leaf in self.leaves.items()}
 
     def copy(self, k: int) -> dict[str, Tensor]:
         """The parameters of copy k, as they are now."""
-        return {name: p.clone() for name, p in self.view(k).items()}
+        return {name: p.clone(memory_format=torch.contiguous_format) for name, p in self.view(k).items()}
+
+
+def turned(parameter: Tensor) -> Tensor:
+    """Stacked weights [K, O, I] -> [K, I, O] and back; biases [K, O] as they are."""
+    return parameter.mT if parameter.dim() == 3 else parameter
 
 
 HEAD_CHUNK = 4096  # images at once through a head, whose features may be many
@@ -253,7 +269,7 @@ def fine_tune(
     }
     checker = Checker(head, bank, pseudo, config, seeds)
     optimizer = torch.optim.Adam(
-        [p for stack in stacks.values() for p in stack.parameters.values()], config.learning_rate, fused=True
+        [leaf for stack in stacks.values() for leaf in stack.leaves.values()], config.learning_rate, fused=True
     )
     progress = Progress(config.epochs * count, "stage 2", enabled=show_progress)
     step = 0

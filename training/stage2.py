@@ -17,7 +17,7 @@ from datasets.tasks import COMMANDS, Task
 from evaluation.baselines import baseline_scores
 from evaluation.detector import Detector, DetectorConfig, acceptance_threshold
 from evaluation.report import BASELINES, IND_TEST
-from models.inference import in_chunks
+from models.inference import for_inference, in_chunks
 from models.main_model import MainModel
 from models.vae import ConditionalVAE
 from training.checkpoints import load_network
@@ -232,9 +232,9 @@ def run_stage2(
             inputs to the next.
     """
     compared = compare(inputs, config, baselines) if baselines else []  # first: a detector may fail
-    task, cvae, data = inputs.task, inputs.cvae, inputs.data
+    task, cvae, data = inputs.task, for_inference(inputs.cvae), inputs.data
     split = "head" if tune == JOINT else tune
-    features, head = split_model(inputs.classifier, split)
+    features, head = split_model(for_inference(inputs.classifier), split)
     banks = {} if banks is None else banks
     if (split, config.precision) not in banks:
         banks[split, config.precision] = data.encode(features, config.precision)
