@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> int:
     # Without --csv the output is the table, which lines of progress would spoil where it is redirected.
     progress = Progress(len(paths), "predicting", enabled=bool(args.csv) or sys.stderr.isatty())
     count, precision = args.batch_size or CHUNK[device.type], pick_precision(args.precision, device)
-    predictions = list(predict_files(detector, paths, count, precision, progress))
+    predictions = predict_files(detector, paths, count, precision, progress)
     progress.close()
 
     errors = [prediction.error for prediction in predictions if prediction.error]

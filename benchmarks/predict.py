@@ -3,7 +3,8 @@
     python -m benchmarks.predict [--quick] [--device cuda]
 
 predict: what `python -m predict --csv` does from the folder's name to the file written, decoding included.
-floor: the same detector on the same images as resident floats, in the same chunks and precision.
+floor: the classifier as it was trained, its layers not merged as predict has them, on the same images as resident
+floats, in the same chunks and precision, and nothing else.
 The images are PNG files of noise, which compress worst. The last line is a JSON object.
 """
 
@@ -54,10 +55,10 @@ def main(args: argparse.Namespace) -> None:
 
         def run_predict():
             predictions = predict_files(detector, image_files([folder]), CHUNK[device.type], precision)
-            write_csv(Path(name) / "predictions.csv", list(predictions))
+            write_csv(Path(name) / "predictions.csv", predictions)
 
         def run_floor():
-            in_chunks(lambda part: detector(part)[0], resident, precision)
+            in_chunks(detector.model, resident, precision)
 
         times = in_turn({"predict": run_predict, "floor": run_floor}, rounds, device)
     rate = {who: count / taken for who, taken in times.items()}

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import io
+import math
 import os
+import struct
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +38,7 @@ EIGHT_BIT = {
 }  # Pillow clips deeper ones instead of scaling them
 THREADS = min(8, os.cpu_count() or 1)
 BLOCK = 512  # images handed to the threads at once
-PIECE = 32  # images that a thread decodes in one go: handing over a small image takes as long as decoding it
+PIECE = 32  # images that one of several threads decodes in one go
 AHEAD = 2  # chunks decoded, or being decoded, while the caller works on one
 SMALL = 1 << 15  # bytes: decoding smaller files, threads wait for the interpreter rather than for the decoder
 
@@ -152,11 +155,13 @@ def read_chunks(paths: Sequence[Path], channels: int, size: int, count: int) -> 
 
     No more than `AHEAD` + 1 chunks are in memory. A file that cannot be decoded is no error but a complaint.
     """
-    with ThreadPoolExecutor(_threads_for(paths[:PIECE])) as pool:
+    threads = _threads_for(paths[:PIECE])
+    step = count if threads == 1 else PIECE
+    with ThreadPoolExecutor(threads) as pool:
 
         def start(part: Sequence[Path]) -> tuple[Sequence[Path], np.ndarray, list[Future]]:
             pixels = np.empty((len(part), channels, size, size), np.uint8)
-            pieces = [slice(i, i + PIECE) for i in range(0, len(part), PIECE)]
+            pieces = [slice(i, i + step) for i in range(0, len(part), step)]
             return part, pixels, [pool.submit(_decode_into, part[piece], pixels[piece]) for piece in pieces]
 
         started: deque = deque()
@@ -219,7 +224,7 @@ def load_image(path: Path, size: int | None = None):
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with open_file(path) as image:
             if image.mode not in EIGHT_BIT:
                 raise UserError(
                     f"{path}: has pixels of mode {image.mode}; expected 8 bits per channel. Convert or remove it"
@@ -233,6 +238,23 @@ def load_image(path: Path, size: int | None = None):
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         reason = "no image" if isinstance(error, Image.UnidentifiedImageError) else error
         raise UserError(f"{path}: cannot be decoded ({reason}). Replace or remove it") from None
+
+
+def open_file(path: Path):
+    """What `Image.open` gives. Of a small image that takes longer than to decode it: a small PNG file, whose format is
+    plain from its first bytes, is opened directly."""
+    from PIL import Image, PngImagePlugin
+
+    file = os.open(path, os.O_RDONLY)
+    try:
+        content = os.read(file, SMALL)
+    finally:
+        os.close(file)
+    is_png = content[:8] == b"\x89PNG\r\n\x1a\n" and content[12:16] == b"IHDR" and 24 <= len(content) < SMALL
+    # A small file may claim to be a huge image, which `Image.open` refuses.
+    if is_png and math.prod(struct.unpack(">II", content[16:24])) <= (Image.MAX_IMAGE_PIXELS or math.inf):
+        return PngImagePlugin.PngImageFile(io.BytesIO(content))
+    return Image.open(path)
 
 
 def square(image, size: int):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from evaluation.scores import SCORES
+from models.inference import for_inference
 from models.main_model import MainModel
 from utils import UserError, load_checkpoint, save_checkpoint
 
@@ -45,15 +46,16 @@ class DetectorConfig:
 
 
 class Detector:
-    """Scores images [B, C, S, S] in [0, 1] with a fine-tuned classifier, in eval mode."""
+    """Scores images [B, C, S, S] in [0, 1] with a fine-tuned classifier, which is set to eval mode and stays as it is."""
 
     def __init__(self, model: MainModel, config: DetectorConfig):
         self.model, self.config = model.eval(), config
+        self.network = for_inference(model)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """[B, C, S, S] -> OOD scores [B], larger meaning more likely OOD, and the IND class numbers [B]."""
-        logits = self.model(images).float()
+        logits = self.network(images).float()
         num_ind = len(self.config.classes)
         return SCORES[self.config.score](logits, num_ind), logits[:, :num_ind].argmax(1)
 

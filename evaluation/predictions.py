@@ -16,6 +16,7 @@ from evaluation.report import align
 from utils import Progress, autocast, replacing
 
 VERDICTS = ("IND", "OOD")
+DECODED = 1024  # images at once: a processor that turns from decoding to the network and back loses time
 COLUMNS = ("file", "class", "score", "verdict", "error")
 
 
@@ -40,26 +41,28 @@ class Prediction(NamedTuple):
 
 def predict_files(
     detector: Detector, paths: Sequence[Path], count: int, precision: str, progress: Progress | None = None
-) -> Iterator[Prediction]:
+) -> list[Prediction]:
     """Judge image files in their order, `count` at a time; a file that cannot be decoded is a prediction with an error.
 
     Images are brought to the detector's size and channels as those of `--task custom` are.
     """
-    config = detector.config
-    for chunk in read_chunks(paths, config.image_channels, config.image_size, count):
-        yield from _judge(detector, chunk, precision)
-        if progress:
-            progress.advance(len(chunk.paths))
+    config, predictions = detector.config, []
+    with autocast(next(detector.model.parameters()).device, precision):
+        for chunk in read_chunks(paths, config.image_channels, config.image_size, max(count, DECODED)):
+            predictions += _judge(detector, chunk, count)
+            if progress:
+                progress.advance(len(chunk.paths))
+    return predictions
 
 
-def _judge(detector: Detector, chunk: Chunk, precision: str) -> Iterator[Prediction]:
+def _judge(detector: Detector, chunk: Chunk, count: int) -> Iterator[Prediction]:
     config, device = detector.config, next(detector.model.parameters()).device
     readable = [complaint is None for complaint in chunk.complaints]
     judged = iter(())
     if any(readable):
         pixels = chunk.pixels if all(readable) else chunk.pixels[readable]
-        with autocast(device, precision):
-            scores, classes = detector(to_float(torch.from_numpy(pixels).to(device)))
+        parts = torch.from_numpy(pixels).to(device).split(count)
+        scores, classes = map(torch.cat, zip(*(detector(to_float(part)) for part in parts), strict=True))
         judged = zip(scores.tolist(), classes.tolist(), strict=True)
     for path, complaint, changed in zip(chunk.paths, chunk.complaints, chunk.changed, strict=True):
         if complaint is not None:

@@ -17,12 +17,12 @@ from PIL import Image
 import predict
 from benchmarks import predict as benchmark
 from datasets import folders
-from datasets.folders import decode_image, read_chunks
+from datasets.folders import decode_image, load_image, open_file, read_chunks
 from evaluation.detector import Detector, DetectorConfig, load_detector
 from evaluation.predictions import COLUMNS, format_predictions, predict_files, write_csv
 from models.main_model import MainModel
 from tests.tiny_data import write_folder
-from utils import run_command, save_checkpoint
+from utils import UserError, run_command, save_checkpoint
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -127,7 +127,8 @@ def test_what_cannot_be_decoded_is_a_complaint(tmp_path):
     assert np.array_equal(chunk.pixels[4], decode_image(paths[4], 1, 8))
 
 
-def test_only_a_few_chunks_are_decoded_ahead(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("threads", "most"), [(1, 40), (2, folders.PIECE)])
+def test_only_a_few_chunks_are_decoded_ahead(tmp_path, monkeypatch, threads, most):
     begun = []
 
     def decode(paths, pixels):
@@ -135,10 +136,30 @@ def test_only_a_few_chunks_are_decoded_ahead(tmp_path, monkeypatch):
         return [(False, None)] * len(paths)
 
     monkeypatch.setattr(folders, "_decode_into", decode)
+    monkeypatch.setattr(folders, "_threads_for", lambda paths: threads)
     chunks = read_chunks([tmp_path / f"{k}" for k in range(400)], 1, 8, 40)
     for number, _ in enumerate(chunks, start=1):
         assert sum(begun) <= 40 * (number + folders.AHEAD)
-    assert sum(begun) == 400 and max(begun) == folders.PIECE
+    assert sum(begun) == 400 and max(begun) == most
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "P", "LA", "1", "I;16"])
+def test_small_png_files_are_opened_directly_and_hold_the_same(tmp_path, mode):
+    path, noise = tmp_path / "a.png", np.random.default_rng(0).integers(256, size=(9, 7), dtype=np.uint8)
+    image = Image.fromarray(noise.astype(np.uint16) * 200) if mode == "I;16" else Image.fromarray(noise).convert(mode)
+    image.save(path)
+    with Image.open(path) as expected, open_file(path) as found:
+        assert (found.mode, found.size, found.format) == (expected.mode, expected.size, expected.format)
+        assert np.array_equal(np.asarray(found), np.asarray(expected))
+
+
+def test_a_small_file_that_claims_to_be_huge_is_refused(tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("1", (20000, 20000)).save(path)
+    assert path.stat().st_size > folders.SMALL  # of bytes that could be decoded; the header is what counts
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="could be decompression bomb DOS attack"):
+        load_image(path)
 
 
 def test_small_files_are_decoded_by_one_thread_and_large_ones_by_several(tmp_path, monkeypatch):
@@ -156,7 +177,7 @@ def test_small_files_are_decoded_by_one_thread_and_large_ones_by_several(tmp_pat
 def test_predictions_are_those_of_a_plain_loop(images, detector_file):
     detector = load_detector(detector_file, CPU)
     files = [images / name for name in NAMES]
-    predictions = list(predict_files(detector, files, 2, "fp32"))
+    predictions = predict_files(detector, files, 2, "fp32")
     assert [prediction[:4] for prediction in predictions] == plain_rows(detector, files)
     assert {prediction.verdict for prediction in predictions} == {"IND", "OOD"}
     assert [prediction.changed for prediction in predictions] == [name not in FITTING for name in NAMES]
@@ -233,7 +254,7 @@ def test_files_that_are_all_unreadable_are_all_named(tmp_path, detector_file, ca
 def test_names_that_are_no_text_are_written_as_they_are_and_printed_escaped(images, detector_file, tmp_path):
     name = os.fsdecode(b"caf\xe9.png")
     os.rename(images / "z.png", images / name)
-    predictions = list(predict_files(load_detector(detector_file, CPU), [images / name], 2, "fp32"))
+    predictions = predict_files(load_detector(detector_file, CPU), [images / name], 2, "fp32")
     assert "caf\\xe9.png" in format_predictions(predictions)
     write_csv(tmp_path / "out.csv", predictions)
     assert read_csv(tmp_path / "out.csv")[0]["file"] == str(images / name)
