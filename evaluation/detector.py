@@ -46,7 +46,7 @@ class DetectorConfig:
 
 
 class Detector:
-    """Scores images [B, C, S, S] in [0, 1] with a fine-tuned classifier, which is set to eval mode and stays as it is."""
+    """Scores images [B, C, S, S] in [0, 1] with a fine-tuned classifier, which is set to eval mode and not changed."""
 
     def __init__(self, model: MainModel, config: DetectorConfig):
         self.model, self.config = model.eval(), config
