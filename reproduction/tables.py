@@ -106,7 +106,16 @@ def detection_cells(summary: Sequence[dict]) -> tuple[list[str], list[list[str]]
     """Header and rows of the table of detection."""
     rows = cells(summary, ("ood_dataset", "method", "at"), FIGURES)
     counts = [str(row["auroc"]["n"]) for row in summary]
-    return ["OOD set", "method", "step", *FIGURES.values(), "n"], [[*r, n] for r, n in zip(rows, counts, strict=True)]
+    header = ["OOD set", "method", "step", *FIGURES.values(), "n"]
+    return without_single_set(header, [[*row, n] for row, n in zip(rows, counts, strict=True)])
+
+
+def without_single_set(header: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """A table without its first column, the OOD set, where there is but one, which the notes name: the figures are what
+    a narrow screen should show."""
+    if len({row[0] for row in rows}) > 1:
+        return header, rows
+    return header[1:], [row[1:] for row in rows]
 
 
 def ind_cells(summary: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
@@ -127,13 +136,17 @@ def difference_cells(found: Sequence[dict]) -> tuple[list[str], list[list[str]]]
         ]
         for one in found
     ]
-    return ["OOD set", "CMG", "best of the others", "AUROC difference", "95 % interval", "CMG"], rows
+    header = ["OOD set", "mode", "best of the others", "AUROC difference", "95 % interval", "CMG"]
+    return without_single_set(header, rows)
 
 
 def notes(summary: Sequence[dict]) -> str:
     """What the words in the table mean."""
     used = {row["at"] for row in summary}
-    lines = [f"{POSITIVE_CLASS}. Mean ± standard deviation over n runs: partitions and training seeds."]
+    sets = ", ".join(dict.fromkeys(row["ood_dataset"] for row in summary))
+    lines = [
+        f"OOD images: {sets}. {POSITIVE_CLASS}. Mean ± standard deviation over n runs: partitions and training seeds."
+    ]
     return "\n".join([*lines, *(f"{at}: {note}." for at, note in NOTES.items() if at in used)])
 
 

@@ -22,6 +22,7 @@ from evaluation import plots
 from evaluation.report import markdown
 from reproduction.jobs import Job, Step, last_line, read_job, run_job
 from reproduction.launchers import is_queued, local_slots, run_local, submit
+from reproduction.tables import detection_cells, notes
 from utils import UserError, run_command
 
 ROOT = Path(__file__).parents[1]
@@ -64,9 +65,11 @@ def test_the_tables_are_the_means_of_what_eval_wrote(reproduced):
 
     lines = (reproduced / "table.md").read_text().splitlines()
     energy = found["CMG-energy", "last"]["auroc"]
-    row = next(line for line in lines if line.startswith("| held-out-classes | CMG-energy | last |"))
-    assert row.split(" | ")[3] == f"{100 * energy['mean']:.2f} ± {100 * energy['sd']:.2f}" and row.endswith("| 4 |")
-    assert "OOD is the positive class" in "\n".join(lines) and "python -m reproduce" in "\n".join(lines)
+    row = next(line for line in lines if line.startswith("| CMG-energy | last |"))
+    assert row.split(" | ")[2] == f"{100 * energy['mean']:.2f} ± {100 * energy['sd']:.2f}" and row.endswith("| 4 |")
+    assert "OOD images: held-out-classes. OOD is the positive class" in "\n".join(
+        lines
+    ) and "python -m reproduce" in "\n".join(lines)
     with open(reproduced / "table.csv") as file:
         rows = {(row["method"], row["step"]): row for row in csv.DictReader(file)}
     assert float(rows["CMG-energy", "last"]["auroc_mean"]) == energy["mean"] and len(rows) == len(found)
@@ -545,6 +548,16 @@ def test_what_sbatch_refuses_is_one_line(tmp_path, monkeypatch):
 
 
 # --- tables -------------------------------------------------------------------------------------
+
+
+def test_a_table_names_its_ood_sets_where_there_are_several():
+    figure = {"mean": 0.5, "sd": 0.0, "n": 1}
+    rows = [{"ood_dataset": name, "method": "MSP", "at": "untouched", "auroc": figure} for name in ("SVHN", "LSUN")]
+    header, cells = detection_cells(rows)
+    assert header[:3] == ["OOD set", "method", "step"] and [row[0] for row in cells] == ["SVHN", "LSUN"]
+    header, cells = detection_cells(rows[:1])
+    assert header[:2] == ["method", "step"] and cells == [["MSP", "untouched", "50.00", "-", "-", "-", "1"]]
+    assert notes(rows).startswith("OOD images: SVHN, LSUN. ")
 
 
 def test_markdown_by_hand():
