@@ -36,6 +36,7 @@ REFUSED = {  # options of the steps that are not for the user to hand on -> what
     "mode": "give --modes to reproduce itself",
     "command": "--classifier-args and --cvae-args are for one network each",
     "save_detector": "every job would write the same file; run eval on the networks of one",
+    **dict.fromkeys(("log", "tensorboard"), "every job has logs of its own, NETWORK.jsonl in its folder"),
 }
 READERS = {"eval": eval, "ablations": ablations}  # steps whose commands check more than the parser before the work
 
@@ -153,7 +154,7 @@ def make_jobs(args: argparse.Namespace) -> tuple[str, list[Job]]:
                     f"train_{name}",
                     "train",
                     (*of_job, "--command", f"train_{name}", "--seed", str(seed), "--params-dict-name", str(path))
-                    + tuple(more[name]),
+                    + ("--log", str(folder / f"{name}.jsonl"), *more[name]),
                     path,
                 )
                 for name, path in networks.items()

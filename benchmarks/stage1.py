@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from multiprocessing import get_context
 
-from utils import add_device_arguments, positive_int, run_command
+from utils import UserError, add_device_arguments, positive_int, run_command
 
 NETWORKS = {
     "mnist_classifier": ("same_dataset_mnist", "train_classifier"),
@@ -40,13 +40,32 @@ def get_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     from benchmarks.measure import print_json
 
-    # A process for each network, so that each has a peak of memory of its own.
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        entries = {}
-        for name in args.network:
-            entries[name] = entry = pool.submit(measure, name, args).result()
-            print(f"{name}: " + "  ".join(f"{key} {value}" for key, value in entry.items()), flush=True)
+    entries = {}
+    for name in args.network:
+        entries[name] = entry = in_own_process(measure, name, args)
+        print(f"{name}: " + "  ".join(f"{key} {value}" for key, value in entry.items()), flush=True)
     print_json(entries)
+
+
+def in_own_process(work: Callable, *args: object):
+    """What `work` returns, in a process that has a peak of memory of its own and ends when this one is stopped."""
+    context = get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=send_result, args=(theirs, work, *args))
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        process.join()  # for its status
+        raise UserError(f"the process of {args[0]} ended with status {process.exitcode}, see above") from None
+    finally:
+        process.kill()
+        process.join()
+
+
+def send_result(connection, work: Callable, *args: object) -> None:
+    connection.send(work(*args))
 
 
 def measure(name: str, args: argparse.Namespace) -> dict:

@@ -8,7 +8,9 @@ and CIFAR-10's (Setting 2), divided by --scale; batches keep their 128 images an
 trained on, as at full size where that is possible ("checks" and "checks_at_full_size" say how many there are). The
 networks are the tasks' own, untrained; the images are noise of different brightness. "arithmetic_share" is the share
 of the engine's time, for 2 modes and 5 seeds in auto precision, that the networks alone would take for as many
-images. The last line is a JSON object.
+images. "auroc_difference" is between the curves of the plain side and of the engine in fp32 at any check; Adam makes
+steps of rounding errors where gradients are small, so the curves part as training goes on. The last line is a JSON
+object.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     from benchmarks.measure import peak_mib, print_json
+    from evaluation.report import spread
     from training.fine_tune import MODES
     from utils import environment, pick_device, pick_precision
 
@@ -53,14 +56,21 @@ def main(args: argparse.Namespace) -> None:
     sizes = {"train": 36017, "test": 6031, "ood": {"held-out-classes": 3969}}
     work = Work("same_dataset_mnist", sizes, 20, args.scale or (300 if args.quick else 20), device)
     single_plain, plain_curve, plain_images = work.plain(*single)
-    single_engine, engine_curve, engine_images = work.engine(*single, "fp32")
+    single_engine, (engine_curve,), engine_images = work.engine(*single, "fp32")
     auto = pick_precision("auto", device)
-    single_auto, auto_curve, _ = work.engine(*single, auto)
-    batched_engine, _, batched_images = work.engine(modes, seeds, "fp32")
-    batched_auto, _, _ = work.engine(modes, seeds, auto)
+    single_auto, (auto_curve,), _ = work.engine(*single, auto)
+    batched_engine, fp32_curves, batched_images = work.engine(modes, seeds, "fp32")
+    batched_auto, auto_curves, _ = work.engine(modes, seeds, auto)
     arithmetic = work.arithmetic(len(seeds), auto)
     batched_plain = single_plain * len(modes) * len(seeds)  # independent runs of the same size
-    checks = len(plain_curve)
+    checks, pairs = len(plain_curve), len(work.data.test) * len(work.data.ood["held-out-classes"])
+    last = {  # mode -> precision -> spread over seeds
+        mode: {
+            precision: spread([curve[-1] for curve in curves[m * SEEDS : (m + 1) * SEEDS]])
+            for precision, curves in {"fp32": fp32_curves, auto: auto_curves}.items()
+        }
+        for m, mode in enumerate(modes)
+    }
     print(
         f"one mode and seed: plain {single_plain:.1f} s, engine {single_engine:.1f} s, "
         f"in auto precision {single_auto:.1f} s"
@@ -92,8 +102,11 @@ def main(args: argparse.Namespace) -> None:
             "ratio_auto_precision": round(single_engine / single_auto, 2),
             "ratio_batched_auto_precision": round(batched_plain / batched_auto, 2),
             "ratio_setting2_auto_precision": round(setting2_plain / setting2_auto, 2),
-            "auroc_difference": max(abs(a - b) for a, b in zip(plain_curve, engine_curve, strict=True)),
-            "auroc_difference_auto_precision": max(abs(a - b) for a, b in zip(plain_curve, auto_curve, strict=True)),
+            "auroc_difference": largest_difference(plain_curve, engine_curve),
+            "auroc_difference_first_check": abs(plain_curve[0] - engine_curve[0]),
+            "auroc_of_one_pair": 1 / pairs,
+            "auroc_difference_auto_precision": largest_difference(plain_curve, auto_curve),
+            "auroc_last": last,
             "arithmetic_share": round(arithmetic / batched_auto, 3),
             "setting2_arithmetic_share_fp32": round(setting2_arithmetic / setting2_engine, 3),
             "checks": checks,
@@ -108,6 +121,10 @@ def main(args: argparse.Namespace) -> None:
         }
         | environment(device)
     )
+
+
+def largest_difference(a: list[float], b: list[float]) -> float:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
 class Work:
@@ -163,8 +180,8 @@ class Work:
 
         return features
 
-    def engine(self, modes: list[str], seeds: list[int], precision: str) -> tuple[float, list[float], int]:
-        """Seconds, AUROC curve of the first run on the first OOD set, images through the extractor."""
+    def engine(self, modes: list[str], seeds: list[int], precision: str) -> tuple[float, list[list[float]], int]:
+        """Seconds, AUROC curve of every run, mode by mode, on the first OOD set, images through the extractor."""
         from benchmarks.measure import seconds
         from models.inference import for_inference
         from training.fine_tune import PseudoOOD, fine_tune
@@ -180,7 +197,7 @@ class Work:
 
         taken = seconds(work, self.device)
         first = next(iter(self.data.ood))
-        return taken, [check.auroc[first] for check in runs[0].curve], pushed[0]
+        return taken, [[check.auroc[first] for check in run.curve] for run in runs], pushed[0]
 
     def arithmetic(self, seeds: int, precision: str) -> float:
         """Seconds of the networks alone for as many images as `engine` makes and encodes, from those of a chunk."""
@@ -213,7 +230,7 @@ class Work:
         return (taken["real"] * sum(self.data.counts().values()) + taken["pseudo"] * made) / (chunk * STEPS_PER_CHUNK)
 
     def plain(self, modes: list[str], seeds: list[int], ood: list[str] | None = None) -> tuple[float, list[float], int]:
-        """Likewise, one run for each mode, seed and OOD set (`ood`, or all) after the other."""
+        """Likewise, one run for each mode, seed and OOD set (`ood`, or all) after the other; the curve of the first."""
         from benchmarks.measure import plainly, seconds
 
         pushed, curves = [0], []

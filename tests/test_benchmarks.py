@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
+import os
+import signal
+import time
 
 import pytest
 import torch
 
 from benchmarks import csi, measure
 from benchmarks.measure import in_turn
-from utils import run_command
+from benchmarks.stage1 import in_own_process
+from utils import Stopped, UserError, raise_stopped, run_command
 
 CPU = torch.device("cpu")
 
@@ -47,3 +52,20 @@ def test_csi_prints_what_it_measured(monkeypatch, capsys):
     assert (figures["step_seconds"], figures["network_seconds"], figures["network_share"]) == (0.5, 0.4, 0.8)
     assert (figures["images_per_second"], figures["views_per_second"]) == (20.0, 160.0)
     assert (figures["batch_size"], figures["repeats"], figures["device"]) == (10, 1, "cpu")
+
+
+def test_a_process_of_its_own_gives_its_result_or_its_end():
+    assert in_own_process(os.getpid) not in (os.getpid(), None)
+    with pytest.raises(UserError, match="^the process of 3 ended with status 3, see above$"):
+        in_own_process(os._exit, 3)
+
+
+def test_a_process_of_its_own_ends_when_this_one_is_stopped():
+    before = signal.signal(signal.SIGALRM, raise_stopped)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1)
+        with pytest.raises(Stopped, match="SIGALRM"):
+            in_own_process(time.sleep, 600)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert not multiprocessing.active_children()

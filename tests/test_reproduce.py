@@ -59,6 +59,8 @@ def test_the_tables_are_the_means_of_what_eval_wrote(reproduced):
     assert [r["config"]["epochs"] for r in results] == [1] * 4
     assert [r["seeds"] for r in results] == [[1], [2], [1], [2]]
     origins = [r["checkpoints"]["train_classifier"]["origin"] for r in results]
+    logged = json.loads((reproduced / "partition1_seed1" / "classifier.jsonl").read_text().splitlines()[-1])
+    assert logged["epoch"] == 2 and logged["loss"] > 0
     assert [(origin["partition"], origin["seed"], origin["epochs"]) for origin in origins] == [
         ("partition1", 1, 2), ("partition1", 2, 2), ("partition3", 1, 2), ("partition3", 2, 2)
     ]  # fmt: skip
@@ -261,6 +263,7 @@ HANDED_ON = {  # what is handed on -> the error
     "--cvae-args=--command train_cvae": "no --command here: --classifier-args and --cvae-args are for one network each",
     "--eval-args=--save-detector x": "no --save-detector here: every job would write the same file; run eval on the "
     "networks of one",
+    "--cvae-args=--log x": "no --log here: every job has logs of its own, NETWORK.jsonl in its folder",
     "--classifier-args=--partition partition2": "no --partition here: give --partitions to reproduce itself",
     "--eval-args=--mode all": "no --mode here: give --modes to reproduce itself",
     "--eval-args=--ood-dataset all": f"no --ood-dataset here: {OWN.format('--ood-dataset')}",
