@@ -184,8 +184,7 @@ def main(args: argparse.Namespace) -> None:
     from training.stage2 import make_detector, run_stage2
     from utils import write_json
 
-    setup = read_arguments(args)
-    refuse_idle_options(args, get_parser(), NEEDS)
+    setup = read_run(args)
     changed = changed_options(args, get_parser(), NAMED)
     output = args.output or default_output(setup.task_name, setup.partition, setup.modes, setup.seeds, changed)
     for path in filter(None, (output, args.save_scores, args.save_detector)):
@@ -239,6 +238,13 @@ def read_arguments(args: argparse.Namespace) -> Setup:
     given = {"train_classifier": args.params_dict_name, "train_cvae": args.params_dict_name2}
     paths = {command: given[command] or default_checkpoint(task_name, partition, command) for command in COMMANDS}
     return Setup(task_name, task, partition, modes, ood_names, seeds, paths, pick_device(args.device))
+
+
+def read_run(args: argparse.Namespace) -> Setup:
+    """`read_arguments`, for one run: no option may be given that it would not look at."""
+    setup = read_arguments(args)
+    refuse_idle_options(args, get_parser(), NEEDS)
+    return setup
 
 
 def make_config(args: argparse.Namespace, setup: Setup):

@@ -22,7 +22,7 @@ from datasets.tasks import add_data_arguments, task_from_arguments, task_names
 from evaluation.baselines import POST_HOC
 from reproduction.jobs import Job, Step, last_line
 from training.options import check_options, option, parse_options
-from utils import UserError, add_machine_arguments, check_writable, pick_all, positive_int, run_command
+from utils import UserError, add_machine_arguments, check_writable, pick_all, pick_device, positive_int, run_command
 
 ABLATION_SEEDS = ("1", "2", "3")
 SAMPLES, ABLATIONS = "samples.png", "ablations.json"
@@ -38,7 +38,10 @@ REFUSED = {  # options of the steps that are not for the user to hand on -> what
     "save_detector": "every job would write the same file; run eval on the networks of one",
     **dict.fromkeys(("log", "tensorboard"), "every job has logs of its own, NETWORK.jsonl in its folder"),
 }
-READERS = {"eval": eval, "ablations": ablations}  # steps whose commands check more than the parser before the work
+READERS = {  # step -> its command, and what that checks before the work beside what the parser does
+    "eval": (eval, eval.read_run),
+    "ablations": (ablations, ablations.read_arguments),
+}
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -98,7 +101,11 @@ def main(args: argparse.Namespace) -> None:
         job.write()
     waiting = [job for job in jobs if not job.is_done]
     print(f"{task_name}: {len(jobs)} jobs, {len(jobs) - len(waiting)} done already; results in {folder}", flush=True)
+    if args.launcher == "local":
+        pick_device(args.device)
     if waiting and args.launcher == "slurm":
+        for job in launchers.ended(waiting, folder / "slurm"):
+            print(f"{job.name} ended without its results: {last_line(job.log)} (log: {job.log}); it is submitted again")
         numbers = launchers.submit(waiting, folder / "slurm", **slurm_parameters(args.slurm))
         print(f"in the queue: {', '.join(f'{name} as {number}' for name, number in numbers.items())}")
         print("Run the same command again to see how far they are, and for the tables of what is done")
@@ -120,7 +127,9 @@ def main(args: argparse.Namespace) -> None:
             "environment": results[0].content["environment"],
             "images": results[0].content["images"],
         }
-        print(f"\n{write_report(folder, about, results, jobs[0].folder / SAMPLES, jobs[0].folder / ABLATIONS)}\n")
+        # The pictures of the first job are of the same networks as the first result only once it is done.
+        samples, changes = (jobs[0].folder / name if jobs[0].is_done else None for name in (SAMPLES, ABLATIONS))
+        print(f"\n{write_report(folder, about, results, samples, changes if args.ablations else None)}\n")
         print(f"wrote {folder}/table.md, table.csv, table.json and report.html")
     if left and args.launcher == "local":
         raise UserError(
@@ -155,7 +164,7 @@ def make_jobs(args: argparse.Namespace) -> tuple[str, list[Job]]:
                     "train",
                     (*of_job, "--command", f"train_{name}", "--seed", str(seed), "--params-dict-name", str(path))
                     + ("--log", str(folder / f"{name}.jsonl"), *more[name]),
-                    path,
+                    (path,),
                 )
                 for name, path in networks.items()
             ]
@@ -164,13 +173,13 @@ def make_jobs(args: argparse.Namespace) -> tuple[str, list[Job]]:
             result, scores = outputs(folder)
             options = ("--seeds", str(seed), "--output", str(result), "--save-scores", str(scores))
             options += () if args.baselines is None else ("--baselines", *args.baselines)
-            steps.append(Step("eval", "eval", (*tested, *options, *more["eval"]), result))
+            steps.append(Step("eval", "eval", (*tested, *options, *more["eval"]), (result, scores)))
             if not jobs:
                 drawn = (*of_job, "--params-dict-name2", str(networks["cvae"]), "--output", str(folder / SAMPLES))
-                steps.append(Step("samples", "figure.samples", drawn, folder / SAMPLES))
+                steps.append(Step("samples", "figure.samples", drawn, (folder / SAMPLES,)))
             if not jobs and args.ablations:
                 options = ("--seeds", *ABLATION_SEEDS, "--output", str(folder / ABLATIONS), *more["eval"])
-                steps.append(Step("ablations", "benchmarks.ablations", (*tested, *options), folder / ABLATIONS))
+                steps.append(Step("ablations", "benchmarks.ablations", (*tested, *options), (folder / ABLATIONS,)))
             jobs.append(Job(folder, tuple(steps), tuple(machine)))
     return task_name, jobs
 
@@ -183,11 +192,11 @@ def check_steps(job: Job) -> None:
     """
     for step in job.steps:
         if step.name in READERS:
-            command = READERS[step.name]
+            command, read = READERS[step.name]
             args = parse_options("--eval-args", command.get_parser(), step.argv)
             args.argv = list(step.argv)
             try:
-                command.read_arguments(args)
+                read(args)
             except UserError as error:
                 raise UserError(f"--eval-args: {error}") from None
 

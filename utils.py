@@ -75,13 +75,14 @@ def run_command(main: Callable, parser: argparse.ArgumentParser, argv: list[str]
     except UserError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:  # of a path that nothing looked at before: a closed folder, a name too long, a disk gone
-        if error.filename is None:
+    except BrokenPipeError:  # whoever read the output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as SIGPIPE ends a process
+    except OSError as error:  # the system's own: a closed folder, a name too long, a full disk
+        if error.errno is None:
             raise
-        print(
-            f"{parser.prog}: error: {error.filename}: {error.strerror}; expected a path that is open to you",
-            file=sys.stderr,
-        )
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        print(f"{parser.prog}: error: {what}", file=sys.stderr)
         return 2
     except Stopped as stop:
         print(f"{parser.prog}: {stop}", file=sys.stderr)

@@ -91,7 +91,11 @@ def read_arguments(args: argparse.Namespace) -> tuple[eval.Setup, dict[str, tupl
 def variant_config(args: argparse.Namespace, setup: eval.Setup, variant: str) -> tuple[object, str]:
     """The configuration of a variant, and what it tunes. Raises `UserError`."""
     flag = f"--variant={variant!r}"
-    options = parse_options(flag, get_parser(), [*args.argv, *split_options("--variant", variant)])
+    words = split_options("--variant", variant)
+    options, own = (parse_options(flag, get_parser(), given) for given in ([*args.argv, *words], words))
+    if options.tune == "joint":  # there is nothing then that these options of all variants are about
+        for name in eval.NOT_JOINT:
+            setattr(options, name, getattr(own, name))
     for name, value in vars(options).items():
         if name not in CHANGEABLE and value != getattr(args, name):
             raise UserError(

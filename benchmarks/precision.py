@@ -19,7 +19,7 @@ import eval
 import train
 from datasets.tasks import COMMANDS, add_data_arguments, all_partitions, task_from_arguments, task_names
 from training.options import check_options, option
-from utils import UserError, add_common_arguments, run_command, seed_number
+from utils import Stopped, UserError, add_common_arguments, run_command, seed_number
 
 PRECISIONS = ("fp32", "bf16")
 SHARED = ("task", "partition", "ind_dir", "ood_dir", "image_size", "grey", "device", "data_dir")
@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
         name: check_options(f"--{name}-args", getattr(args, f"{name}_args"), module.get_parser(), REFUSED)
         for name, module in {"classifier": train, "cvae": train, "eval": eval}.items()
     }
-    eval.read_arguments(eval.get_parser().parse_args([*which, *more["eval"]]))
+    eval.read_run(eval.get_parser().parse_args([*which, *more["eval"]]))
     found: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for seed in seeds:
@@ -92,7 +92,10 @@ def learn(
     short = ["--epochs", "1"] if quick else []
     for command, network in COMMANDS.items():
         argv = [*which, "--command", command, "--seed", str(seed), "--params-dict-name", str(paths[command]), *short]
-        if run_command(train.main, train.get_parser(), [*argv, *more[network]]):
+        status = run_command(train.main, train.get_parser(), [*argv, *more[network]])
+        if status > 128:
+            raise Stopped("stopped; nothing is kept", status - 128)
+        if status:
             raise UserError(f"{command} in {precision} with seed {seed} failed, see above")
     argv = [*which, "--seeds", str(seed), *short, *more["eval"]]
     argv += ["--params-dict-name", str(paths["train_classifier"]), "--params-dict-name2", str(paths["train_cvae"])]

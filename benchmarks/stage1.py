@@ -10,6 +10,7 @@ The last line is a JSON object, one entry per network.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -39,7 +40,9 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     from benchmarks.measure import print_json
+    from utils import pick_device
 
+    pick_device(args.device)  # what is no device is better found here than in another process
     entries = {}
     for name in args.network:
         entries[name] = entry = in_own_process(measure, name, args)
@@ -65,6 +68,7 @@ def in_own_process(work: Callable, *args: object):
 
 
 def send_result(connection, work: Callable, *args: object) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other process, which ends this one
     connection.send(work(*args))
 
 

@@ -1,4 +1,4 @@
-"""Stage 2 against a plain implementation of the public protocol: same checkpoint, same draws, one run.
+"""Stage 2 against a plain implementation of the public protocol: same networks, same draws, one run.
 
     python -m benchmarks.stage2 [--quick] [--device cuda]
 

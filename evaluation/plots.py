@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from evaluation.metrics import auroc
-from evaluation.report import THE_METHOD, mean_and_sd
+from evaluation.report import THE_METHOD, mean_and_sd, spread
 from utils import replacing
 
 if TYPE_CHECKING:
@@ -389,10 +389,10 @@ def sweep(
     figure, axes = _new(3.6)
     ends = []
     for mode, style in line_styles(list(modes)).items():
-        points = [(value, np.array(shares) * 100) for value, shares in sorted(modes[mode].items())]
-        means = [shares.mean() for _, shares in points]
-        spread = [shares.std(ddof=1) if len(shares) > 1 else 0 for _, shares in points]
-        axes.errorbar([value for value, _ in points], means, spread, label=mode, capsize=3, elinewidth=1.2, **style)
+        points = [(value, [100 * share for share in shares]) for value, shares in sorted(modes[mode].items())]
+        spreads = [spread(shares) for _, shares in points]
+        means, deviations = [one["mean"] for one in spreads], [one["sd"] for one in spreads]
+        axes.errorbar([value for value, _ in points], means, deviations, label=mode, capsize=3, elinewidth=1.2, **style)
         ends.append((means[-1], mode, style["color"]))
     values = sorted({value for points in modes.values() for value in points})
     if values[0] > 0 and values[-1] >= 10 * values[0]:

@@ -18,8 +18,9 @@ CHUNK = {"cuda": 2048, "cpu": 128}
 def for_inference(network: nn.Module) -> nn.Module:
     """A copy of a network, in eval mode, that computes the same in less time, up to rounding.
 
-    Batch normalisation becomes part of the convolution before it. And the weights ask for gradients, though nobody
-    computes any: only then does autocast keep its bf16 copies of them, instead of making new ones for every chunk.
+    Batch normalisation becomes part of the convolution before it, if that is no transposed one. And the weights ask for
+    gradients, though nobody computes any: only then does autocast keep its bf16 copies of them, instead of making new
+    ones for every chunk.
     """
     network = copy.deepcopy(network).eval()
     for name, part in network.named_children():

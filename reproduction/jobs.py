@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,13 +36,13 @@ class Step:
     Attributes:
         module: of the command, such as "train".
         argv: its options; with others the step is another one and has to be done anew.
-        output: the file it writes.
+        outputs: the files it writes.
     """
 
     name: str
     module: str
     argv: tuple[str, ...]
-    output: Path
+    outputs: tuple[Path, ...]
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Job:
         found = {}
         for step in self.steps:
             record = recorded.get(step.name)
-            if not record or record["argv"] != list(step.argv) or not step.output.is_file():
+            if not record or record["argv"] != list(step.argv) or not all(path.is_file() for path in step.outputs):
                 break
             found[step.name] = record
         return found
@@ -92,7 +93,8 @@ def read_job(folder: Path) -> Job:
     try:
         content = json.loads((Path(folder) / "job.json").read_text())
         steps = tuple(
-            Step(step["name"], step["module"], tuple(step["argv"]), Path(step["output"])) for step in content["steps"]
+            Step(step["name"], step["module"], tuple(step["argv"]), tuple(map(Path, step["outputs"])))
+            for step in content["steps"]
         )
         return Job(Path(content["folder"]), steps, tuple(content["machine"]))
     except (OSError, ValueError, KeyError, TypeError):
@@ -115,7 +117,11 @@ def run_job(folder: Path) -> int:
             print(f"$ python -m {' '.join([step.module, *step.argv, *job.machine])}")
             start = time.monotonic()
             command = importlib.import_module(step.module)
-            status = run_command(command.main, command.get_parser(), [*step.argv, *job.machine])
+            try:
+                status = run_command(command.main, command.get_parser(), [*step.argv, *job.machine])
+            except Exception:  # nobody foresaw it: its place is the log, too
+                traceback.print_exc()
+                return 1
             if status:
                 return status
             record = {"argv": list(step.argv), "seconds": round(time.monotonic() - start, 1)}

@@ -22,10 +22,10 @@ TIME_OUTS = 30  # so often a job may go on after its time was up; submitit's 3 w
 def local_slots(device: str | None, jobs: int | None) -> list[dict[str, str]]:
     """The environment of each job that may run at the same time on this machine.
 
-    Without `device` every GPU that is free takes one job; without GPUs `jobs` of them, or two, share the cores: small
-    networks do not fill many.
+    Every GPU that is free takes one job, or the one that `device` names; without GPUs `jobs` of them, or two, share the
+    cores: small networks do not fill many.
     """
-    if device is None and has_gpus():
+    if device in (None, "cuda") and has_gpus():
         import torch
 
         free = [index for index in range(torch.cuda.device_count()) if gpu_is_free(index)]
@@ -35,7 +35,7 @@ def local_slots(device: str | None, jobs: int | None) -> list[dict[str, str]]:
         names = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
         return [{"CUDA_VISIBLE_DEVICES": names[index]} for index in free[:jobs]]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = jobs or min(2, cores)
+    count = jobs or (min(2, cores) if device in (None, "cpu") else 1)
     return [{"OMP_NUM_THREADS": str(max(1, cores // count))}] * count
 
 
@@ -164,8 +164,7 @@ def submit(jobs: Sequence[Job], folder: Path, cluster: str = "slurm", **paramete
     time_outs = parameters.pop("slurm_max_num_timeout", TIME_OUTS)  # of the executor itself, not of what it submits
     if not isinstance(time_outs, int):
         raise UserError(f"--slurm slurm_max_num_timeout={time_outs}: expected a whole number")
-    queue = folder / "queue.json"
-    numbers = json.loads(queue.read_text()) if queue.is_file() else {}
+    queue, numbers = folder / "queue.json", submitted_before(folder)
     waiting = [job for job in jobs if not is_queued(numbers.get(job.name), folder, cluster)]
     if waiting:
         try:
@@ -186,6 +185,18 @@ def submit(jobs: Sequence[Job], folder: Path, cluster: str = "slurm", **paramete
         numbers |= {job.name: one.job_id for job, one in zip(waiting, submitted, strict=True)}
         write_json(queue, numbers)
     return {job.name: numbers[job.name] for job in jobs}
+
+
+def submitted_before(folder: Path) -> dict[str, str]:
+    """The number in the queue that each job had last, by name."""
+    queue = folder / "queue.json"
+    return json.loads(queue.read_text()) if queue.is_file() else {}
+
+
+def ended(jobs: Sequence[Job], folder: Path, cluster: str = "slurm") -> list[Job]:
+    """Those of the unfinished `jobs` that were submitted before and are neither waiting nor running."""
+    numbers = submitted_before(folder)
+    return [job for job in jobs if job.name in numbers and not is_queued(numbers[job.name], folder, cluster)]
 
 
 def is_queued(number: str | None, folder: Path, cluster: str) -> bool:

@@ -22,23 +22,25 @@ DIFFERENCES = (
     "AUROC of CMG after the last step minus that of the best of the untouched classifier's detectors, which is chosen "
     "by its mean on these test images. The interval is a paired bootstrap over the images, the networks as they are."
 )
-ABLATIONS = "First partition and training seed; mean ± standard deviation over seeds of stage 2."
+ABLATIONS = "AUROC on {ood}; first partition and training seed; mean ± standard deviation over seeds of stage 2."
 
 
-def write_report(folder: Path, about: dict, results: Sequence[Result], samples: Path, ablations: Path) -> str:
+def write_report(
+    folder: Path, about: dict, results: Sequence[Result], samples: Path | None, ablations: Path | None
+) -> str:
     """Write table.md, .csv and .json, the pictures and report.html into `folder`.
 
     Args:
         about: "task", "command" and whatever else the files say of how they were made.
         results: of the jobs that are done, at least one; pictures are of the first.
-        samples, ablations: what the jobs made of these; left out where they are not there.
+        samples, ablations: what the first job made of these, if it is done.
 
     Returns:
         the table of detection, in Markdown.
     """
     summary, ind = tables.detection_summary(results), tables.ind_summary(results)
     compared = tables.differences(results, summary)
-    changes = json.loads(ablations.read_text()) if ablations.is_file() else None
+    changes = json.loads(ablations.read_text()) if ablations else None
     rows = [{"partition": one.partition} | row for one in results for row in one.content["detection"]]
     figures = {"detection": summary, "ind": ind, "differences": compared, "rows": rows}
     write_json(folder / "table.json", about | figures)
@@ -50,7 +52,7 @@ def write_report(folder: Path, about: dict, results: Sequence[Result], samples: 
         "Classification": (tables.ind_cells(ind), ""),
     }
     if changes:
-        parts["Ablations"] = (ablation_cells(changes), ABLATIONS)
+        parts["Ablations"] = (ablation_cells(changes), ABLATIONS.format(ood=first_ood(changes)))
     text = [f"# CMG: {about['task']}", f"```sh\n{about['command']}\n```"]
     text += [f"## {name}\n\n{markdown(*cells)}\n\n{note}".rstrip() for name, (cells, note) in parts.items()]
     text.append("\n".join(f"* {name}: {value}" for name, value in facts(about).items()))
@@ -77,7 +79,7 @@ def facts(about: dict) -> dict[str, object]:
 
 def ablation_cells(changes: dict) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of ablations: the first OOD set, the last step."""
-    ood = changes["untouched"][0]["ood_dataset"]
+    ood = first_ood(changes)
     modes = list(dict.fromkeys(row["method"] for one in changes["variants"].values() for row in one["detection"]))
     rows = []
     for variant, one in changes["variants"].items():
@@ -90,7 +92,7 @@ def ablation_cells(changes: dict) -> tuple[list[str], list[list[str]]]:
 # --- pictures -----------------------------------------------------------------------------------
 
 
-def draw(folder: Path, results: Sequence[Result], samples: Path, changes: dict | None) -> list[Picture]:
+def draw(folder: Path, results: Sequence[Result], samples: Path | None, changes: dict | None) -> list[Picture]:
     """Draw everything, write it to `folder`/figures as PNG, and return it for the page."""
     first = results[0]
     ood = first.content["detection"][0]["ood_dataset"]
@@ -116,13 +118,13 @@ def draw(folder: Path, results: Sequence[Result], samples: Path, changes: dict |
     for option, label in SWEEPS.items() if changes else ():
         points = sweep_points(changes, option)
         if all(len(of_mode) > 1 for of_mode in points.values()):
-            caption = f"AUROC after the last step against {option}; {where}."
+            caption = f"AUROC on {ood} after the last step against {option}; {where}."
             figures[option.strip("-")] = (
                 sweep(points, label, own_value(changes, option), untouched_means([first], ood)),
                 caption,
             )
     pictures = []
-    if samples.is_file():
+    if samples:
         pictures.append(Picture(samples.read_bytes(), "IND images, reconstructions and pseudo-OOD images", f"{where}."))
     for name, (figure, caption) in figures.items():
         save_figure(figure, folder / "figures" / f"{name}.png")
@@ -140,6 +142,11 @@ def is_baseline(row: dict, ood: str) -> bool:
     return row["at"] == "untouched" and row["ood_dataset"] == ood
 
 
+def first_ood(changes: dict) -> str:
+    """The OOD set that the ablations are shown for."""
+    return changes["untouched"][0]["ood_dataset"]
+
+
 def own_value(changes: dict, option: str) -> float:
     """The value of an option that the method itself has."""
     config = changes["config"]
@@ -148,7 +155,7 @@ def own_value(changes: dict, option: str) -> float:
 
 def sweep_points(changes: dict, option: str) -> dict[str, dict[float, list[float]]]:
     """Mode -> value of the option -> AUROC of each seed, of the variants that change this option alone."""
-    ood = changes["untouched"][0]["ood_dataset"]
+    ood = first_ood(changes)
     points: dict[str, dict[float, list[float]]] = {}
     for variant, one in changes["variants"].items():
         words = shlex.split(variant)

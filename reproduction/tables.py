@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.report import FIGURES, IND_FIGURES, IND_TEST, NOTES, POSITIVE_CLASS, cells, summarise
-from utils import replacing
+from utils import UserError, replacing
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,12 @@ class Result:
 
 
 def read_result(partition: str, seed: int, output: Path, scores: Path) -> Result:
-    """What eval left in its JSON file and its archive of scores."""
-    with np.load(scores) as archive:
-        return Result(partition, seed, json.loads(output.read_text()), dict(archive))
+    """What eval left in its JSON file and its archive of scores. Raises `UserError` if one of them is damaged."""
+    try:
+        with np.load(scores) as archive:
+            return Result(partition, seed, json.loads(output.read_text()), dict(archive))
+    except (ValueError, EOFError, zipfile.BadZipFile):
+        raise UserError(f"{output} or {scores} is damaged: remove both and run the same command again") from None
 
 
 def detection_summary(results: Sequence[Result]) -> list[dict]:

@@ -317,7 +317,7 @@ def test_what_is_handed_on_reaches_its_step(tmp_path):
 def tiny_job(folder: Path, *modules: str, argv: tuple[str, ...] = ()) -> Job:
     """A job whose steps are modules in tests."""
     steps = [
-        Step(f"step{k}", module, (*argv, str(folder / f"{k}.txt")), folder / f"{k}.txt")
+        Step(f"step{k}", module, (*argv, str(folder / f"{k}.txt")), (folder / f"{k}.txt",))
         for k, module in enumerate(modules)
     ]
     folder.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from datasets.tasks import COMMANDS, Task
 from evaluation.baselines import baseline_scores
 from evaluation.detector import Detector, DetectorConfig, acceptance_threshold
 from evaluation.report import BASELINES, IND_TEST
+from evaluation.scores import SCORES
 from models.inference import for_inference, in_chunks
 from models.main_model import MainModel
 from models.vae import ConditionalVAE
@@ -115,8 +116,10 @@ def make_detector(inputs: Stage2Inputs, run: Run, tune: str, config: FineTuneCon
         threshold=math.inf,
         threshold_from=threshold_from,
     )
-    scores = in_chunks(lambda part: Detector(model, about)(to_float(part))[0], images, config.precision)
-    return Detector(model, replace(about, threshold=acceptance_threshold(scores)))
+    detector = Detector(model, about)
+    logits = in_chunks(lambda part: detector.network(to_float(part)), images, config.precision)
+    threshold = acceptance_threshold(SCORES[about.score](logits, config.num_ind))
+    return Detector(model, replace(about, threshold=threshold))
 
 
 @dataclass(frozen=True)
@@ -232,7 +235,7 @@ def run_stage2(
             inputs to the next.
     """
     compared = compare(inputs, config, baselines) if baselines else []  # first: a detector may fail
-    task, cvae, data = inputs.task, for_inference(inputs.cvae), inputs.data
+    task, cvae, data = inputs.task, inputs.cvae, inputs.data
     split = "head" if tune == JOINT else tune
     features, head = split_model(for_inference(inputs.classifier), split)
     banks = {} if banks is None else banks
@@ -272,7 +275,9 @@ def make_pseudo(
     cvae: ConditionalVAE, features: Callable[[Tensor], Tensor], config: FineTuneConfig, device: torch.device
 ) -> PseudoOOD:
     """The source of pseudo-OOD images that the configuration asks for."""
-    return PseudoOOD(cvae, features, config.num_ind, config.sigma, config.precision, device, config.mixing)
+    return PseudoOOD(
+        for_inference(cvae), features, config.num_ind, config.sigma, config.precision, device, config.mixing
+    )
 
 
 def fine_tune_and_score(
