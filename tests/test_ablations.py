@@ -144,13 +144,18 @@ def test_precision_checks_what_it_hands_on_before_it_trains(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("variant", ablations.VARIANTS)
-@pytest.mark.parametrize("given", [["--mode", "CMG-softmax"], ["--mixing", "none"]], ids=" ".join)
-def test_every_variant_is_taken_in_every_mode_and_mixing(given, variant):
+@pytest.mark.parametrize(
+    "given",
+    [["--mode", "CMG-softmax"], ["--mixing", "none"], ["--check-every", "50", "--pseudo-pool", "12"]],
+    ids=" ".join,
+)
+def test_every_variant_is_taken_whatever_all_have(given, variant):
     argv = ["--device", "cpu", *given]
     args = ablations.get_parser().parse_args(argv)
     args.argv = argv
     config, tune = ablations.variant_config(args, eval.read_arguments(args), variant)
     assert tune == (variant.split()[1] if "--tune" in variant else "head") and config.num_ind == 6
+    assert config.pseudo_pool == (12 if "--pseudo-pool" in given and tune != "joint" else 0)
 
 
 def test_precision_compares_the_same_seeds(tmp_path, monkeypatch, capsys):

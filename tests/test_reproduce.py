@@ -21,8 +21,8 @@ import reproduce
 from evaluation import plots
 from evaluation.report import markdown
 from reproduction.jobs import Job, Step, last_line, read_job, run_job
-from reproduction.launchers import is_queued, local_slots, run_local, submit
-from reproduction.tables import detection_cells, notes
+from reproduction.launchers import ended, is_queued, local_slots, run_local, submit
+from reproduction.tables import detection_cells, notes, read_result
 from utils import UserError, run_command
 
 ROOT = Path(__file__).parents[1]
@@ -279,6 +279,8 @@ HANDED_ON = {  # what is handed on -> the error
     "--eval-args=KNN": "unrecognized arguments: KNN",
     "--classifier-args=--epochs 0": "argument --epochs: 0 is out of range: expected above 0",
     "--cvae-args=--log 'a b": """"--log 'a b" cannot be split into options: no closing quotation""",
+    "--eval-args=--mixing none --mixing-probability 0.7": "--mixing-probability goes with --mixing coin only; leave it "
+    "out",
     "--eval-args=--tune joint --anchor 1": "--anchor goes with --tune head or last-layer only; leave it out",
 }
 
@@ -327,6 +329,12 @@ def tiny_job(folder: Path, *modules: str, argv: tuple[str, ...] = ()) -> Job:
 
 
 WRITES = "tests.writes_a_file"
+
+
+def test_an_unforeseen_failure_is_in_the_log(tmp_path):
+    job = tiny_job(tmp_path / "a", WRITES, argv=("--word", "crash"))
+    assert run_job(job.folder) == 1
+    assert "Traceback" in job.log.read_text() and last_line(job.log) == "ZeroDivisionError: nobody foresaw it"
 
 
 def test_a_job_is_what_was_written(tmp_path):
@@ -384,6 +392,7 @@ def test_without_a_gpu_slots_share_the_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
     assert local_slots("cpu", None) == [{"OMP_NUM_THREADS": "3"}] * 2
     assert local_slots("cpu", 3) == [{"OMP_NUM_THREADS": "2"}] * 3
+    assert local_slots("cuda:1", None) == [{"OMP_NUM_THREADS": "6"}]  # the GPU that is named takes one
     assert local_slots("cpu", 9) == [{"OMP_NUM_THREADS": "1"}] * 9
 
 
@@ -393,7 +402,8 @@ def test_free_gpus_take_one_job_each(monkeypatch):
     memory = {0: (95, 100), 1: (20, 100), 2: (99, 100)}
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda index: memory[index])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert local_slots(None, None) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "2"}]
+    for device in (None, "cuda"):
+        assert local_slots(device, None) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "2"}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
     assert local_slots(None, 1) == [{"CUDA_VISIBLE_DEVICES": "4"}]
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda index: (1, 100))
@@ -412,6 +422,14 @@ def test_submitit_runs_the_same_jobs_and_queues_none_twice(tmp_path, monkeypatch
     submit([failing], tmp_path / "queue", cluster="local", timeout_min=1)
     wait_for(lambda: last_line(failing.log) == "writes: error: asked to fail")
     assert not failing.is_done and json.loads((tmp_path / "queue" / "queue.json").read_text()).keys() == set("abc")
+
+
+def test_jobs_that_ended_without_results_are_known(tmp_path, monkeypatch):
+    (tmp_path / "queue.json").write_text('{"a": "RUNNING", "b": "FAILED"}')
+    monkeypatch.setattr("reproduction.launchers.is_queued", lambda number, folder, cluster: number == "RUNNING")
+    jobs = [tiny_job(tmp_path / name, WRITES) for name in "abc"]
+    assert [job.name for job in ended(jobs, tmp_path)] == ["b"]
+    assert ended(jobs, tmp_path / "never") == []
 
 
 def test_what_is_in_the_queue_is_not_queued_again(tmp_path, monkeypatch):
@@ -566,6 +584,16 @@ def test_a_table_names_its_ood_sets_where_there_are_several():
     header, cells = detection_cells(rows[:1])
     assert header[:2] == ["method", "step"] and cells == [["MSP", "untouched", "50.00", "-", "-", "-", "1"]]
     assert notes(rows).startswith("OOD images: SVHN, LSUN. ")
+
+
+@pytest.mark.parametrize("damaged", ["eval.json", "scores.npz"])
+def test_a_damaged_result_is_named(tmp_path, damaged):
+    (tmp_path / "eval.json").write_text("{}")
+    np.savez(tmp_path / "scores.npz", a=np.zeros(3))
+    content = (tmp_path / damaged).read_bytes()
+    (tmp_path / damaged).write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="eval.json or .*scores.npz is damaged: remove both and run the same command"):
+        read_result("partition1", 1, tmp_path / "eval.json", tmp_path / "scores.npz")
 
 
 def test_markdown_by_hand():

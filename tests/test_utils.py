@@ -9,9 +9,13 @@ import os
 import pickle
 import platform
 import resource
+import shlex
 import signal
 import stat
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,6 +108,14 @@ def test_an_unforeseen_failure_is_not_hidden(failure):
 
     with pytest.raises(type(failure)):
         run_command(main, argparse.ArgumentParser("name"), [])
+
+
+def test_whoever_reads_the_output_may_have_enough():
+    lines = "from utils import *; run = lambda args: [print(k, flush=True) for k in range(10**5)] and 0"
+    code = f"{lines}; sys.exit(run_command(run, argparse.ArgumentParser('name'), []))"
+    shell = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} | head -n 1; exit ${{PIPESTATUS[0]}}"
+    found = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, cwd=Path(utils.__file__).parent)
+    assert (found.returncode, found.stdout, found.stderr) == (141, "0\n", "")
 
 
 # --- seeds, device, precision -------------------------------------------------------------------

@@ -19,4 +19,6 @@ def get_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     if args.word == "fail":
         raise UserError("asked to fail")
+    if args.word == "crash":
+        raise ZeroDivisionError("nobody foresaw it")
     args.file.write_text(args.word)
