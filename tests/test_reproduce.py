@@ -118,7 +118,7 @@ def test_the_histograms_say_which_energies_they_are_of(reproduced, tmp_path, mon
     monkeypatch.setattr(report, "score_histograms", score_histograms)
     result = read_result("partition1", 1, folder / "eval.json", folder / "scores.npz")
     result.content["config"]["score_energy"] = "all"
-    report.draw(tmp_path, [result], tmp_path / "none", None)
+    report.draw(tmp_path, [result], None, None)
     expected = {"loss_energy": "all", "score_energy": "all"}
     assert drawn == [("CMG-energy", expected), ("CMG-softmax", expected)]
 
