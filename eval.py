@@ -25,6 +25,7 @@ from datasets.tasks import (
     task_names,
 )
 from evaluation.baselines import POST_HOC
+from training.options import LEARNING_RATE
 from training.runs import refuse_idle_options
 from utils import (
     UserError,
@@ -254,11 +255,11 @@ def make_config(args: argparse.Namespace, setup: Setup):
     from utils import pick_precision
 
     task, joint = setup.task, args.tune == "joint"
+    own = {"batch_size": task.batch_size, "learning_rate": LEARNING_RATE} if joint else {}
+    given = {"batch_size": args.batch_size, "learning_rate": args.lr}
     return FineTuneConfig(
         num_ind=len(task.partitions[setup.partition]),
         epochs=args.epochs or (task.epochs["train_classifier"] if joint else task.fine_tune_epochs),
-        batch_size=args.batch_size or (task.batch_size if joint else 128),
-        learning_rate=args.lr or (1e-3 if joint else 1e-4),
         check_every=args.check_every or task.check_every,
         sigma=args.sigma or task.sigma,
         mixing=Mixing(args.mixing, args.mixing_probability),
@@ -270,6 +271,7 @@ def make_config(args: argparse.Namespace, setup: Setup):
         anchor=args.anchor,
         pseudo_pool=args.pseudo_pool,
         precision=pick_precision(args.precision, setup.device),
+        **own | {name: value for name, value in given.items() if value is not None},
     )
 
 

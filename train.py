@@ -23,6 +23,7 @@ from datasets.tasks import (
     task_from_arguments,
     task_names,
 )
+from training.options import LEARNING_RATE
 from training.runs import add_run_arguments, format_figures, idle_options, is_done, train_to_checkpoint
 from utils import (
     add_common_arguments,
@@ -50,7 +51,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch-size", type=positive_int, help="images per step over all processes (default: the task's)"
     )
-    parser.add_argument("--lr", type=positive_float, default=1e-3, help="learning rate of Adam (default: %(default)s)")
+    parser.add_argument(
+        "--lr", type=positive_float, default=LEARNING_RATE, help="learning rate of Adam (default: %(default)s)"
+    )
     parser.add_argument(
         "--kl-weight", type=number(float, least=0), help="of the KL term of the CVAE's loss (default: the task's)"
     )

@@ -47,8 +47,8 @@ def get_parser() -> argparse.ArgumentParser:
         "the method", "the defaults are the paper's; anything else is another experiment"
     )
     method.add_argument("--epochs", type=positive_int, help="passes over the IND training images (default: the task's)")
-    method.add_argument("--batch-size", type=positive_int, default=128, help="(default: %(default)s)")
-    method.add_argument("--lr", type=positive_float, default=1e-4, help="learning rate of Adam (default: %(default)s)")
+    method.add_argument("--batch-size", type=positive_int, help="(default: 128)")
+    method.add_argument("--lr", type=positive_float, help="learning rate of Adam (default: 1e-4)")
     method.add_argument("--check-every", type=positive_int, help="steps between evaluations (default: the task's)")
     method.add_argument(
         "--train-bn1",
@@ -77,14 +77,14 @@ def main(args: argparse.Namespace) -> None:
     output = args.output or ROOT / "results" / f"csi_cmg_{data.name}_seed{'-'.join(map(str, seeds))}{changed}.json"
     check_writable(output)
     device = pick_device(args.device)
+    given = {"batch_size": args.batch_size, "learning_rate": args.lr}
     config = FineTuneConfig(
         num_ind=data.classes,
         epochs=args.epochs or task.fine_tune_epochs,
-        batch_size=args.batch_size,
-        learning_rate=args.lr,
         check_every=args.check_every or task.check_every,
         sigma=task.sigma,
         precision=pick_precision(args.precision, device),
+        **{name: value for name, value in given.items() if value is not None},
     )
     network, csi_origin = load_finished(csi_path, data, device)
     if not cvae_path.is_file():

@@ -1,4 +1,5 @@
-"""Options of train and eval that another command hands on, in quotes: --eval-args='--epochs 1'.
+"""What the options of several commands have in common, and those of train and eval that another command hands on, in
+quotes: --eval-args='--epochs 1'.
 
 Imports no torch, so that `--help` answers at once.
 """
@@ -10,6 +11,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from utils import UserError
+
+LEARNING_RATE = 1e-3  # of Adam in stage 1
 
 
 def split_options(flag: str, text: str) -> list[str]:
