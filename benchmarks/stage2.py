@@ -52,6 +52,7 @@ def main(args: argparse.Namespace) -> None:
 
     device = pick_device(args.device)
     modes, seeds = list(MODES), list(range(SEEDS))
+    repeats = (1, 1) if args.quick else (3, 8)  # rounds, and chunks in a row, of the networks alone
     single = ["CMG-energy"], seeds[:1]  # the mode that needs margins too
     sizes = {"train": 36017, "test": 6031, "ood": {"held-out-classes": 3969}}
     work = Work("same_dataset_mnist", sizes, 20, args.scale or (300 if args.quick else 20), device)
@@ -61,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
     single_auto, (auto_curve,), _ = work.engine(*single, auto)
     batched_engine, fp32_curves, batched_images = work.engine(modes, seeds, "fp32")
     batched_auto, auto_curves, _ = work.engine(modes, seeds, auto)
-    arithmetic = work.arithmetic(len(seeds), auto)
+    arithmetic = work.arithmetic(len(seeds), auto, *repeats)
     batched_plain = single_plain * len(modes) * len(seeds)  # independent runs of the same size
     checks, pairs = len(plain_curve), len(work.data.test) * len(work.data.ood["held-out-classes"])
     last = {  # mode -> precision -> spread over seeds
@@ -89,7 +90,7 @@ def main(args: argparse.Namespace) -> None:
         setting2_plain_images += pushed * count * len(modes) * len(seeds)
     setting2_engine, _, setting2_images = work.engine(modes, seeds, "fp32")
     setting2_auto, _, _ = work.engine(modes, seeds, auto)
-    setting2_arithmetic = work.arithmetic(len(seeds), "fp32")
+    setting2_arithmetic = work.arithmetic(len(seeds), "fp32", *repeats)
     print(
         f"Setting 2: plain {setting2_plain:.1f} s (10 times 6 runs), engine {setting2_engine:.1f} s, of which the "
         f"networks take {setting2_arithmetic:.1f} s, in auto precision {setting2_auto:.1f} s"
@@ -199,15 +200,15 @@ class Work:
         first = next(iter(self.data.ood))
         return taken, [[check.auroc[first] for check in run.curve] for run in runs], pushed[0]
 
-    def arithmetic(self, seeds: int, precision: str) -> float:
-        """Seconds of the networks alone for as many images as `engine` makes and encodes, from those of a chunk."""
+    def arithmetic(self, seeds: int, precision: str, rounds: int, chunks: int) -> float:
+        """Seconds of the networks alone for as many images as `engine` makes and encodes, from those of
+        some `chunks` in a row."""
         import torch
 
         from benchmarks.measure import in_turn
         from datasets.datasetsHelper import to_float
         from models.inference import CHUNK, for_inference
         from models.vae import decode_pseudo_ood, draw_codes
-        from training.fine_tune import STEPS_PER_CHUNK
         from utils import autocast
 
         classifier, cvae = map(for_inference, self.networks)
@@ -217,17 +218,17 @@ class Work:
 
         def real():
             with torch.no_grad(), autocast(self.device, precision):
-                for _ in range(STEPS_PER_CHUNK):
+                for _ in range(chunks):
                     classifier.features(images)
 
         def pseudo():
             with torch.no_grad(), autocast(self.device, precision):
-                for _ in range(STEPS_PER_CHUNK):
+                for _ in range(chunks):
                     classifier.features(decode_pseudo_ood(cvae, codes, self.config.sigma).float())
 
-        taken = in_turn({"real": real, "pseudo": pseudo}, 3, self.device)
+        taken = in_turn({"real": real, "pseudo": pseudo}, rounds, self.device)
         made = seeds * (self.config.epochs + 1) * len(self.data.train)  # once more for the margins
-        return (taken["real"] * sum(self.data.counts().values()) + taken["pseudo"] * made) / (chunk * STEPS_PER_CHUNK)
+        return (taken["real"] * sum(self.data.counts().values()) + taken["pseudo"] * made) / (chunk * chunks)
 
     def plain(self, modes: list[str], seeds: list[int], ood: list[str] | None = None) -> tuple[float, list[float], int]:
         """Likewise, one run for each mode, seed and OOD set (`ood`, or all) after the other; the curve of the first."""
