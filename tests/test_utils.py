@@ -314,5 +314,5 @@ def test_freed_memory_is_kept_for_the_next_block():
     keep_freed_memory(False)
     given_back = faults()
     keep_freed_memory(True)
-    faults()
-    assert faults() < given_back / 2  # one of the five blocks may still come from elsewhere
+    # Until the blocks are where they stay, one may still come from elsewhere.
+    assert min(faults() for _ in range(4)) < given_back / 10
