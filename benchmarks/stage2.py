@@ -1,16 +1,19 @@
 """Stage 2 against a plain implementation of the public protocol: same networks, same draws, one run.
 
     python -m benchmarks.stage2 [--quick] [--device cuda]
+    python -m benchmarks.stage2 --trained partition1 --data-dir DIR
 
 plain: every step encodes its IND and pseudo-OOD batch again, every check encodes the whole test set again, and
 every mode, seed and OOD set is a run of its own; of runs of the same size one is timed. Sizes are MNIST's (Setting 1)
 and CIFAR-10's (Setting 2), divided by --scale; batches keep their 128 images and checks are made as often, per image
 trained on, as at full size where that is possible ("checks" and "checks_at_full_size" say how many there are). The
 networks are the tasks' own, untrained; the images are noise of different brightness. "arithmetic_share" is the share
-of the engine's time, for 2 modes and 5 seeds in auto precision, that the networks alone would take for as many
-images. "auroc_difference" is between the curves of the plain side and of the engine in fp32 at any check; Adam makes
-steps of rounding errors where gradients are small, so the curves part as training goes on. The last line is a JSON
-object.
+of the engine's time, for 2 modes and 5 seeds in auto precision, that the networks alone would take for as many images.
+"auroc_difference" is the largest, at any check, between the curves of the plain side and of the engine in fp32; scores
+of noise lie so close together that rounding exchanges a few.
+
+--trained compares the curves where it matters, and nothing else: with MNIST, networks that `train` left in ckpt/, a
+training set divided by --scale, and all test and OOD images. The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -19,10 +22,13 @@ import argparse
 import copy
 import sys
 from dataclasses import replace
+from pathlib import Path
 
+from datasets.tasks import COMMANDS, TASKS, default_checkpoint
 from utils import positive_int, run_command
 
 SEEDS = 5
+MNIST = "same_dataset_mnist"
 OOD_SIZES = {
     "SVHN": 26032,
     "LSUN": 10000,
@@ -41,6 +47,15 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="(default: the first CUDA GPU, else the CPU)")
     parser.add_argument("--scale", type=positive_int, help="divide the images by this (default: 20; 300 with --quick)")
     parser.add_argument("--setting2-scale", type=positive_int, help="likewise (default: 100; 3000 with --quick)")
+    parser.add_argument(
+        "--trained",
+        choices=list(TASKS[MNIST].partitions),
+        metavar="PARTITION",
+        help="compare the AUROC curves with the networks of this partition that train left in ckpt/",
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path("datasets"), help="folder of MNIST, for --trained (default: %(default)s)"
+    )
     return parser
 
 
@@ -51,14 +66,18 @@ def main(args: argparse.Namespace) -> None:
     from utils import environment, pick_device, pick_precision
 
     device = pick_device(args.device)
+    auto = pick_precision("auto", device)
+    scale = args.scale or (300 if args.quick else 20)
+    if args.trained:
+        compare_curves(Work(MNIST, *trained(args.trained, args.data_dir, scale, device), 1, device), auto, seed=0)
+        return
     modes, seeds = list(MODES), list(range(SEEDS))
     repeats = (1, 1) if args.quick else (3, 8)  # rounds, and chunks in a row, of the networks alone
     single = ["CMG-energy"], seeds[:1]  # the mode that needs margins too
     sizes = {"train": 36017, "test": 6031, "ood": {"held-out-classes": 3969}}
-    work = Work("same_dataset_mnist", sizes, 20, args.scale or (300 if args.quick else 20), device)
+    work = Work(MNIST, *untrained(MNIST, sizes, scale, device), scale, device)
     single_plain, plain_curve, plain_images = work.plain(*single)
     single_engine, (engine_curve,), engine_images = work.engine(*single, "fp32")
-    auto = pick_precision("auto", device)
     single_auto, (auto_curve,), _ = work.engine(*single, auto)
     batched_engine, fp32_curves, batched_images = work.engine(modes, seeds, "fp32")
     batched_auto, auto_curves, _ = work.engine(modes, seeds, auto)
@@ -82,7 +101,8 @@ def main(args: argparse.Namespace) -> None:
     )
 
     sizes = {"train": 50000, "test": 10000, "ood": OOD_SIZES}
-    work = Work("different_dataset", sizes, 100, args.setting2_scale or (3000 if args.quick else 100), device)
+    scale = args.setting2_scale or (3000 if args.quick else 100)
+    work = Work("different_dataset", *untrained("different_dataset", sizes, scale, device), scale, device)
     setting2_plain, setting2_plain_images = 0.0, 0
     for name, count in (("SVHN", 1), ("LSUN", 5)):  # the others are of LSUN's size
         taken, setting2_curve, pushed = work.plain(*single, [name])
@@ -124,52 +144,92 @@ def main(args: argparse.Namespace) -> None:
     )
 
 
+def compare_curves(work: Work, auto: str, seed: int) -> None:
+    """Print how far the AUROC curves of the engine are from those of the plain side, mode by mode."""
+    from benchmarks.measure import print_json
+    from evaluation.report import markdown
+    from training.fine_tune import MODES
+    from utils import environment
+
+    figures = {}
+    for mode in MODES:
+        _, plain, _ = work.plain([mode], [seed])
+        figures[mode] = {"auroc_first": plain[0], "auroc_last": plain[-1]}
+        for precision in dict.fromkeys(("fp32", auto)):
+            _, (curve,), _ = work.engine([mode], [seed], precision)
+            figures[mode][f"auroc_difference_{precision}"] = largest_difference(plain, curve)
+    counts = [f"{count:,} {name}" for name, count in work.data.counts().items() if count]
+    rows = [[mode, *(f"{figure:.4g}" for figure in row.values())] for mode, row in figures.items()]
+    print(f"{', '.join(counts)}, {len(plain)} checks\n\n{markdown(['mode', *figures[mode]], rows)}")
+    print_json({"curves": figures, "checks": len(plain), "images": work.data.counts()} | environment(work.device))
+
+
 def largest_difference(a: list[float], b: list[float]) -> float:
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def untrained(task_name: str, sizes: dict, scale: int, device):
+    """Classifier and CVAE of a task, whose weights are chance, and noise of the given sizes, as `Stage2Data`."""
+    import torch
+
+    from datasets.datasetsHelper import Images
+    from training.stage2 import Stage2Data
+    from training.stages import STAGES
+
+    task = TASKS[task_name]
+    num_ind = len(next(iter(task.partitions.values())))
+    torch.manual_seed(0)
+    random = torch.Generator().manual_seed(0)
+
+    def images(count: int) -> Images:
+        shape = (max(1, count // scale), task.image_channels, task.image_size, task.image_size)
+        brightness = torch.rand(shape[0], 1, 1, 1, generator=random)
+        pixels = (torch.randint(256, shape, generator=random) * brightness).to(torch.uint8)
+        return Images(pixels, torch.randint(num_ind, shape[:1], generator=random)).to(device)
+
+    networks = [STAGES[command].build(task).to(device).eval().requires_grad_(False) for command in COMMANDS]
+    ood = {name: images(count).images for name, count in sizes["ood"].items()}
+    return networks, Stage2Data(images(sizes["train"]), images(0).at(torch.arange(0)), images(sizes["test"]), ood)
+
+
+def trained(partition: str, data_dir: Path, scale: int, device):
+    """Classifier and CVAE that `train` made for MNIST, and its images as `Stage2Data`, one of `scale` to train on."""
+    import torch
+
+    from training.stage2 import load_inputs
+
+    task = TASKS[MNIST]
+    paths = {command: default_checkpoint(MNIST, partition, command) for command in COMMANDS}
+    inputs = load_inputs(MNIST, task, partition, paths, task.ood_datasets, data_dir, device)
+    train, validation = inputs.data.train, inputs.data.validation
+    fewer = {"train": train.at(torch.arange(0, len(train), scale)), "validation": validation.at(torch.arange(0))}
+    return [inputs.classifier, inputs.cvae], replace(inputs.data, **fewer)
 
 
 class Work:
     """One task's stage 2 at a scale: networks, images, and the two ways through them."""
 
-    def __init__(self, task_name: str, sizes: dict, check_every: int, scale: int, device):
+    def __init__(self, task_name: str, networks: list, data, more_checks: int, device):
+        """Checks come `more_checks` times as often as the task's own, so as often per image trained on where its
+        training set and test images are both divided by it."""
         import torch
 
-        from datasets.datasetsHelper import Images
-        from datasets.tasks import TASKS
         from training.fine_tune import FineTuneConfig
-        from training.stage2 import Stage2Data
-        from training.stages import STAGES
 
         task = TASKS[task_name]
-        num_ind = len(next(iter(task.partitions.values())))
-        torch.manual_seed(0)
-        random = torch.Generator().manual_seed(0)
-
-        def images(count: int) -> Images:
-            shape = (max(1, count // scale), task.image_channels, task.image_size, task.image_size)
-            brightness = torch.rand(shape[0], 1, 1, 1, generator=random)
-            pixels = (torch.randint(256, shape, generator=random) * brightness).to(torch.uint8)
-            return Images(pixels, torch.randint(num_ind, shape[:1], generator=random)).to(device)
-
-        commands = ("train_classifier", "train_cvae")
-        self.plain_networks = [
-            STAGES[command].build(task).to(device).eval().requires_grad_(False) for command in commands
-        ]
-        self.networks = [
-            copy.deepcopy(network).to(memory_format=torch.channels_last) for network in self.plain_networks
-        ]
-        ood = {name: images(count).images for name, count in sizes["ood"].items()}
-        self.data = Stage2Data(images(sizes["train"]), images(0).at(torch.arange(0)), images(sizes["test"]), ood)
-        # Batches keep their 128 images; checks come as often, per image trained on, as at full size.
+        self.plain_networks, self.networks = (
+            [copy.deepcopy(network).to(memory_format=memory_format) for network in networks]
+            for memory_format in (torch.contiguous_format, torch.channels_last)
+        )
+        self.data, self.device = data, device
         self.config = FineTuneConfig(
-            num_ind=num_ind,
+            num_ind=len(next(iter(task.partitions.values()))),
             epochs=15,
             batch_size=128,
             learning_rate=1e-4,
-            check_every=max(1, round(check_every / scale)),
+            check_every=max(1, round(task.check_every / more_checks)),
             sigma=task.sigma,
         )
-        self.device = device
 
     @staticmethod
     def counted(classifier, extractor_images: list[int]):
