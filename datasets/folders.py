@@ -25,21 +25,11 @@ from utils import Progress, UserError, replacing
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp"}
 MODES = {1: "L", 3: "RGB"}  # what Pillow calls images of that many channels
-EIGHT_BIT = {
-    "1",
-    "L",
-    "P",
-    "RGB",
-    "RGBA",
-    "LA",
-    "PA",
-    "CMYK",
-    "YCbCr",
-}  # Pillow clips deeper ones instead of scaling them
+EIGHT_BIT = {"1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr"}
+SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L", "I;16N"}  # grey, which Pillow would clip to 8 bits instead of scaling it
 THREADS = min(8, os.cpu_count() or 1)
 BLOCK = 512  # images handed to the threads at once
 PIECE = 32  # images that one of several threads decodes in one go
-AHEAD = 2  # chunks decoded, or being decoded, while the caller works on one
 SMALL = 1 << 15  # bytes: decoding smaller files, threads wait for the interpreter rather than for the decoder
 
 
@@ -150,10 +140,11 @@ class Chunk(NamedTuple):
     complaints: list[str | None]
 
 
-def read_chunks(paths: Sequence[Path], channels: int, size: int, count: int) -> Iterator[Chunk]:
-    """Decode images `count` at a time, brought to `channels` and `size`, the next while the caller works on the last.
+def read_chunks(paths: Sequence[Path], channels: int, size: int, count: int, ahead: int) -> Iterator[Chunk]:
+    """Decode images `count` at a time, brought to `channels` and `size`.
 
-    No more than `AHEAD` + 1 chunks are in memory. A file that cannot be decoded is no error but a complaint.
+    `ahead` further chunks are decoded, or being decoded, while the caller works on one. A file that cannot be decoded
+    is no error but a complaint.
     """
     threads = _threads_for(paths[:PIECE])
     step = count if threads == 1 else PIECE
@@ -167,7 +158,7 @@ def read_chunks(paths: Sequence[Path], channels: int, size: int, count: int) -> 
         started: deque = deque()
         for first in range(0, len(paths), count):
             started.append(start(paths[first : first + count]))
-            if len(started) > AHEAD:
+            if len(started) > ahead:
                 yield _finished(*started.popleft())
         while started:
             yield _finished(*started.popleft())
@@ -210,7 +201,11 @@ def to_array(image, channels: int, size: int) -> np.ndarray:
 
 
 def in_mode(image, channels: int):
-    """A PIL image in grey or colour; itself where it is that already."""
+    """A PIL image in grey or colour of 8 bits; itself where it is that already."""
+    if image.mode in SIXTEEN_BIT:
+        from PIL import Image
+
+        image = Image.fromarray(((np.asarray(image, np.int32) + 128) // 257).astype(np.uint8))
     return image if image.mode == MODES[channels] else image.convert(MODES[channels])
 
 
@@ -220,20 +215,21 @@ def open_image(path: Path, channels: int, size: int | None = None):
 
 
 def load_image(path: Path, size: int | None = None):
-    """A decoded PIL image as the file has it. Raises `UserError` for another `size` and for more than 8 bits."""
+    """A decoded PIL image as the file has it. Raises `UserError` for another `size` and for a mode that cannot
+    be brought to 8 bits."""
     from PIL import Image
 
     try:
         with open_file(path) as image:
-            if image.mode not in EIGHT_BIT:
-                raise UserError(
-                    f"{path}: has pixels of mode {image.mode}; expected 8 bits per channel. Convert or remove it"
-                )
             if size is not None and image.size != (size, size):
                 raise UserError(
                     f"{path}: is {image.width}x{image.height} pixels; expected {size}x{size}. Replace or remove it"
                 )
             image.load()
+            if image.mode not in EIGHT_BIT | SIXTEEN_BIT or (image.mode == "I" and image.getextrema()[1] >> 16):
+                raise UserError(
+                    f"{path}: has pixels of mode {image.mode}; expected 8 or 16 bits per channel. Convert or remove it"
+                )
             return image
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         reason = "no image" if isinstance(error, Image.UnidentifiedImageError) else error

@@ -118,7 +118,9 @@ def draw(folder: Path, results: Sequence[Result], samples: Path | None, changes:
     for option, label in SWEEPS.items() if changes else ():
         points = sweep_points(changes, option)
         if all(len(of_mode) > 1 for of_mode in points.values()):
-            caption = f"AUROC on {ood} after the last step against {option}; {where}."
+            count = min(len(shares) for of_mode in points.values() for shares in of_mode.values())
+            spread = f" (mean ± standard deviation of {count} seeds of stage 2)" if count > 1 else ""
+            caption = f"AUROC on {ood} after the last step against {option}{spread}; {where}."
             figures[option.strip("-")] = (
                 sweep(points, label, own_value(changes, option), untouched_means([first], ood)),
                 caption,

@@ -100,7 +100,7 @@ def read_csv(path: Path) -> list[dict]:
 @pytest.mark.parametrize("count", [1, 4, 100])
 def test_chunks_hold_what_single_images_are(images, channels, count):
     files = [images / name for name in NAMES]
-    chunks = list(read_chunks(files, channels, 8, count))
+    chunks = list(read_chunks(files, channels, 8, count, ahead=2))
     assert [len(chunk.paths) for chunk in chunks] == {1: [1] * 9, 4: [4, 4, 1], 100: [9]}[count]
     assert [path for chunk in chunks for path in chunk.paths] == files
     expected = np.stack([decode_image(file, channels, 8, resize=True) for file in files])
@@ -114,12 +114,12 @@ def test_what_cannot_be_decoded_is_a_complaint(tmp_path):
     paths = write_folder(tmp_path, "a", 5, size=8, mode="L")
     paths[0].write_bytes(paths[0].read_bytes()[:60])
     paths[1].write_bytes(b"no image")
-    Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(paths[2])
+    Image.new("F", (8, 8)).save(paths[2], "TIFF")
     paths[3].unlink()
-    (chunk,) = read_chunks(paths, 1, 8, 10)
+    (chunk,) = read_chunks(paths, 1, 8, 10, ahead=0)
     reasons = [
         f"{paths[0]}: cannot be decoded (", f"{paths[1]}: cannot be decoded (no image). Replace or remove it",
-        f"{paths[2]}: has pixels of mode I;16; expected 8 bits per channel. Convert or remove it",
+        f"{paths[2]}: has pixels of mode F; expected 8 or 16 bits per channel. Convert or remove it",
         f"{paths[3]}: cannot be decoded ([Errno 2] No such file",
     ]  # fmt: skip
     assert all(found.startswith(reason) for found, reason in zip(chunk.complaints[:4], reasons, strict=True))
@@ -127,8 +127,9 @@ def test_what_cannot_be_decoded_is_a_complaint(tmp_path):
     assert np.array_equal(chunk.pixels[4], decode_image(paths[4], 1, 8))
 
 
+@pytest.mark.parametrize("ahead", [0, 2])
 @pytest.mark.parametrize(("threads", "most"), [(1, 40), (2, folders.PIECE)])
-def test_only_a_few_chunks_are_decoded_ahead(tmp_path, monkeypatch, threads, most):
+def test_only_a_few_chunks_are_decoded_ahead(tmp_path, monkeypatch, threads, most, ahead):
     begun = []
 
     def decode(paths, pixels):
@@ -137,9 +138,9 @@ def test_only_a_few_chunks_are_decoded_ahead(tmp_path, monkeypatch, threads, mos
 
     monkeypatch.setattr(folders, "_decode_into", decode)
     monkeypatch.setattr(folders, "_threads_for", lambda paths: threads)
-    chunks = read_chunks([tmp_path / f"{k}" for k in range(400)], 1, 8, 40)
+    chunks = read_chunks([tmp_path / f"{k}" for k in range(400)], 1, 8, 40, ahead)
     for number, _ in enumerate(chunks, start=1):
-        assert sum(begun) <= 40 * (number + folders.AHEAD)
+        assert sum(begun) <= 40 * (number + ahead)
     assert sum(begun) == 400 and max(begun) == most
 
 

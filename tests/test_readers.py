@@ -240,9 +240,11 @@ def test_folder_errors_name_the_file(tmp_path):
     Image.new("RGB", (32, 31)).save(paths[3])
     with pytest.raises(UserError, match=r"image_00003\.png: is 32x31 pixels; expected 32x32\. Replace or remove it"):
         read_images(tmp_path / "a", 3, 32)
-    Image.fromarray(np.full((32, 32), 40000, np.uint16)).save(paths[3])
-    with pytest.raises(UserError, match=r"image_00003\.png: has pixels of mode I;16; expected 8 bits per channel"):
-        read_images(tmp_path / "a", 3, 32)
+    for deep in (Image.new("F", (32, 32)), Image.new("I", (32, 32), 1 << 16)):
+        deep.save(paths[3], "TIFF")
+        expected = rf"image_00003\.png: has pixels of mode {deep.mode}; expected 8 or 16 bits per channel"
+        with pytest.raises(UserError, match=expected):
+            read_images(tmp_path / "a", 3, 32)
 
 
 def test_a_link_that_leads_nowhere_is_named(tmp_path):
@@ -267,6 +269,15 @@ def test_modes_of_eight_bits_become_colour(tmp_path, mode):
     (path,) = write_folder(tmp_path, "a", 1, mode=mode)
     expected = np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1)
     assert np.array_equal(decode_image(path, 3, 32), expected)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.pgm"])
+def test_sixteen_bits_are_scaled(tmp_path, name):
+    values = np.uint16([[0, 128, 129, 257], [32768, 65278, 65407, 65535]]).repeat(2, axis=0)
+    Image.fromarray(values).save(tmp_path / name)
+    nearest = np.uint8([[0, 0, 1, 1], [128, 254, 255, 255]]).repeat(2, axis=0)  # of value * 255 / 65535
+    assert np.array_equal(decode_image(tmp_path / name, 1, 4), nearest[None])
+    assert np.array_equal(decode_image(tmp_path / name, 3, 4), np.stack([nearest] * 3))
 
 
 def test_grey(tmp_path):
