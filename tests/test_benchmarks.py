@@ -8,13 +8,15 @@ import multiprocessing
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import csi, measure
+from benchmarks import csi, measure, stage2
 from benchmarks.measure import in_turn
 from benchmarks.stage1 import in_own_process
+from training.fine_tune import MODES
 from utils import Stopped, UserError, raise_stopped, run_command
 
 CPU = torch.device("cpu")
@@ -52,6 +54,40 @@ def test_csi_prints_what_it_measured(monkeypatch, capsys):
     assert (figures["step_seconds"], figures["network_seconds"], figures["network_share"]) == (0.5, 0.4, 0.8)
     assert (figures["images_per_second"], figures["views_per_second"]) == (20.0, 160.0)
     assert (figures["batch_size"], figures["repeats"], figures["device"]) == (10, 1, "cpu")
+
+
+def test_curves_are_compared_at_their_worst_check(capsys):
+    """Of a plain side and an engine whose curves are given."""
+
+    class Given:
+        device = CPU
+        data = SimpleNamespace(counts=lambda: {"IND training": 1621, "IND validation": 0, "IND test": 6031})
+
+        def plain(self, modes, seeds):
+            return 1.0, [0.5, 0.75, 0.875], 0
+
+        def engine(self, modes, seeds, precision):
+            return 1.0, [{"fp32": [0.5, 0.75, 0.875], "bf16": [0.5, 0.625, 0.9375]}[precision]], 0
+
+    stage2.compare_curves(Given(), "bf16", seed=0)
+    *table, last = capsys.readouterr().out.splitlines()
+    assert table == [
+        "1,621 IND training, 6,031 IND test, 3 checks",
+        "",
+        "| mode | auroc_first | auroc_last | auroc_difference_fp32 | auroc_difference_bf16 |",
+        "| --- | --- | --- | --- | --- |",
+        *(f"| {mode} | 0.5 | 0.875 | 0 | 0.125 |" for mode in MODES),
+    ]
+    figures = json.loads(last)
+    assert figures["checks"] == 3 and figures["device"] == "cpu"
+    assert figures["curves"]["CMG-energy"]["auroc_difference_bf16"] == 0.125
+
+
+def test_trained_networks_that_are_missing_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = ["--trained", "partition2", "--data-dir", str(tmp_path), "--device", "cpu"]
+    assert run_command(stage2.main, stage2.get_parser(), options) == 2
+    assert "ckpt/same_dataset_mnist_partition2_classifier.pkl: no such file" in capsys.readouterr().err
 
 
 def test_a_process_of_its_own_gives_its_result_or_its_end():
