@@ -31,7 +31,7 @@ from utils import (
     UserError,
     add_common_arguments,
     changed_options,
-    check_writable,
+    check_outputs,
     number,
     pick_all,
     positive_float,
@@ -61,7 +61,13 @@ METHOD = (
     "pseudo_pool",
     "precision",
 )
-NAMED = (*METHOD, "ood_dir", "baselines")  # what the default name of the results tells
+NAMED = (
+    *METHOD,
+    "ood_dir",
+    "baselines",
+    "params_dict_name",
+    "params_dict_name2",
+)  # what the default name of the results tells
 NOT_JOINT = dict.fromkeys(
     ("pseudo_batch_size", "check_every", "anchor", "pseudo_pool", "save_detector"), ("tune", ("head", "last-layer"))
 )
@@ -188,8 +194,7 @@ def main(args: argparse.Namespace) -> None:
     setup = read_run(args)
     changed = changed_options(args, get_parser(), NAMED)
     output = args.output or default_output(setup.task_name, setup.partition, setup.modes, setup.seeds, changed)
-    for path in filter(None, (output, args.save_scores, args.save_detector)):
-        check_writable(path)
+    check_outputs(output, args.save_scores, args.save_detector, inputs=setup.paths.values())
     config = make_config(args, setup)
     inputs = load(args, setup)
     print(f"{setup.task_name} {setup.partition} on {setup.device} in {config.precision}: {inputs.summary}", flush=True)

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils import UserError, add_device_arguments, check_writable, positive_int, run_command
+from utils import UserError, add_device_arguments, check_outputs, positive_int, run_command
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -39,8 +39,7 @@ def main(args: argparse.Namespace) -> int:
     from utils import Progress, pick_device, pick_precision
 
     paths = image_files(args.images)
-    if args.csv:
-        check_writable(args.csv)
+    check_outputs(args.csv, inputs=[args.detector, *paths])
     device = pick_device(args.device)
     detector = load_detector(args.detector, device)
     # Without --csv the output is the table, which lines of progress would spoil where it is redirected.
@@ -60,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
     changed = sum(prediction.changed for prediction in predictions)
     if changed:
         size, colour = detector.config.image_size, "grey" if detector.config.image_channels == 1 else "colour"
-        print(f"brought to {size}x{size} pixels in 8-bit {colour}: {changed:,} of {len(paths):,}")
+        print(f"brought to {size}x{size} pixels in 8-bit {colour}: {changed:,} of {len(paths) - len(errors):,}")
     verdicts = [prediction.verdict for prediction in predictions]
     counts = [f"{verdicts.count(verdict):,} {verdict}" for verdict in VERDICTS]
     counts += [f"{len(errors):,} unreadable"] if errors else []

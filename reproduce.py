@@ -13,6 +13,7 @@ import argparse
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import eval
@@ -38,6 +39,7 @@ REFUSED = {  # options of the steps that are not for the user to hand on -> what
     "save_detector": "every job would write the same file; run eval on the networks of one",
     **dict.fromkeys(("log", "tensorboard"), "every job has logs of its own, NETWORK.jsonl in its folder"),
 }
+NO_MATTER = ("save_every", "restart", "compile", "log", "tensorboard", "device", "data_dir")  # to what train makes
 READERS = {  # step -> its command, and what that checks before the work beside what the parser does
     "eval": (eval, eval.read_run),
     "ablations": (ablations, ablations.read_arguments),
@@ -93,8 +95,11 @@ def main(args: argparse.Namespace) -> None:
     from reproduction.tables import read_result
 
     start = time.monotonic()
+    if args.slurm and args.launcher != "slurm":
+        raise UserError("--slurm goes with --launcher slurm only; leave it out")
     task_name, jobs = make_jobs(args)
     check_steps(jobs[0])
+    check_networks(jobs)
     folder = jobs[0].folder.parent
     check_writable(folder / "table.json")
     for job in jobs:
@@ -199,6 +204,29 @@ def check_steps(job: Job) -> None:
                 read(args)
             except UserError as error:
                 raise UserError(f"--eval-args: {error}") from None
+
+
+def check_networks(jobs: Sequence[Job]) -> None:
+    """Find out before the work whether networks that are there were trained otherwise.
+
+    Raises:
+        UserError: they were, and would be lost.
+    """
+    for job in jobs:
+        recorded = job.recorded()
+        for step in job.steps:
+            if step.module != "train" or step.name not in recorded or not all(path.is_file() for path in step.outputs):
+                continue
+            then, now = (
+                vars(parse_options(step.name, train.get_parser(), argv))
+                for argv in (recorded[step.name]["argv"], step.argv)
+            )
+            differ = [option(name) for name in now if name not in NO_MATTER and then[name] != now[name]]
+            if differ and not now["restart"]:
+                raise UserError(
+                    f"{job.folder} holds networks made with another {', '.join(differ)}: give the options of then, "
+                    "name another --output, or remove the folder"
+                )
 
 
 def outputs(folder: Path) -> tuple[Path, Path]:

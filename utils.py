@@ -19,8 +19,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 # --- errors -------------------------------------------------------------------------------------
@@ -65,6 +66,7 @@ def run_command(main: Callable, parser: argparse.ArgumentParser, argv: list[str]
     Returns the exit status: what `main` returns, or 0; 2 for a `UserError` (as argparse's own), 128 + n when stopped
     by signal n.
     """
+    parser.error = partial(_refuse, parser)
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else list(argv)
     try:
@@ -87,6 +89,11 @@ def run_command(main: Callable, parser: argparse.ArgumentParser, argv: list[str]
     except Stopped as stop:
         print(f"{parser.prog}: {stop}", file=sys.stderr)
         return 128 + stop.signum
+
+
+def _refuse(parser: argparse.ArgumentParser, message: str) -> None:
+    """argparse's own `error` without the usage, which would hide the message behind twenty lines."""
+    parser.exit(2, f"{parser.prog}: error: {message}; --help lists the options\n")
 
 
 # --- arguments ----------------------------------------------------------------------------------
@@ -415,6 +422,20 @@ def check_writable(path: Path, room: int = 0) -> None:
     if free < room:
         needed = f"{free / 1e6:,.0f} MB are free, {room / 1e6:,.0f} MB are needed"
         raise UserError(f"cannot write {path}: {needed}. Make room or choose another disk")
+
+
+def check_outputs(*outputs: Path | None, inputs: Iterable[Path] = ()) -> None:
+    """`check_writable` of each file that a command will write.
+
+    Raises:
+        UserError: as that, or an output would take the place of another or of one of the `inputs`, which are read.
+    """
+    taken = {os.path.realpath(path): "is read by this command" for path in inputs}
+    for path in filter(None, outputs):
+        if reason := taken.get(os.path.realpath(path)):
+            raise UserError(f"cannot write {path}: it {reason}; name another file")
+        taken[os.path.realpath(path)] = "is another output already"
+        check_writable(path)
 
 
 def write_json(path: Path, content: dict) -> None:

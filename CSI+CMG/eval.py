@@ -14,8 +14,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from csi.options import ROOT, add_csi_arguments, data_from_arguments, default_checkpoint
-from utils import changed_options, check_writable, pick_all, run_command
+from csi.options import add_csi_arguments, data_from_arguments, default_checkpoint, root
+from utils import changed_options, check_outputs, pick_all, run_command
 
 # mode -> (which rows, which view)
 MODES = {
@@ -55,8 +55,8 @@ def main(args: argparse.Namespace) -> None:
         names = pick_all("--ood-dataset", args.ood_dataset, data.task.ood_datasets, data.name)
     path = args.load_path or default_checkpoint(data, "sup_CSI_linear")
     changed = changed_options(args, get_parser(), RESULT)
-    output = args.output or ROOT / "results" / f"csi_{data.name}_eval{changed}.json"
-    check_writable(output)
+    output = args.output or root() / "results" / f"csi_{data.name}_eval{changed}.json"
+    check_outputs(output, inputs=[path])
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     model, origin = load_finished(path, data, device)

@@ -15,12 +15,12 @@ import shlex
 import sys
 from pathlib import Path
 
-from csi.options import ROOT, add_csi_arguments, data_from_arguments, default_checkpoint
+from csi.options import add_csi_arguments, data_from_arguments, default_checkpoint, root
 from datasets import tasks
 from utils import (
     UserError,
     changed_options,
-    check_writable,
+    check_outputs,
     pick_all,
     positive_float,
     positive_int,
@@ -28,7 +28,18 @@ from utils import (
     seed_number,
 )
 
-METHOD = ("ood_dataset", "epochs", "batch_size", "lr", "check_every", "train_bn1", "precision", "ood_dir")
+METHOD = (
+    "ood_dataset",
+    "epochs",
+    "batch_size",
+    "lr",
+    "check_every",
+    "train_bn1",
+    "precision",
+    "ood_dir",
+    "params_dict_name",
+    "params_dict_name2",
+)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -72,10 +83,10 @@ def main(args: argparse.Namespace) -> None:
     names = pick_all("--ood-dataset", args.ood_dataset, task.ood_datasets, data.name)
     seeds = list(dict.fromkeys(args.seeds))
     csi_path = args.params_dict_name or default_checkpoint(data, "sup_CSI_linear")
-    cvae_path = args.params_dict_name2 or ROOT / tasks.default_checkpoint(data.task_name, partition, "train_cvae")
+    cvae_path = args.params_dict_name2 or root() / tasks.default_checkpoint(data.task_name, partition, "train_cvae")
     changed = changed_options(args, get_parser(), METHOD)
-    output = args.output or ROOT / "results" / f"csi_cmg_{data.name}_seed{'-'.join(map(str, seeds))}{changed}.json"
-    check_writable(output)
+    output = args.output or root() / "results" / f"csi_cmg_{data.name}_seed{'-'.join(map(str, seeds))}{changed}.json"
+    check_outputs(output, inputs=[csi_path, cvae_path])
     device = pick_device(args.device)
     given = {"batch_size": args.batch_size, "learning_rate": args.lr}
     config = FineTuneConfig(

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import eval
 from training.options import option, parse_options, split_options
-from utils import UserError, check_writable, run_command
+from utils import UserError, check_outputs, run_command
 
 VARIANTS = (
     "",
@@ -63,7 +63,7 @@ def main(args: argparse.Namespace) -> None:
 
     setup, configs = read_arguments(args)
     output = args.output or Path("results") / f"ablations_{setup.task_name}_{setup.partition}.json"
-    check_writable(output)
+    check_outputs(output, inputs=setup.paths.values())
     inputs = eval.load(args, setup)
     results = ablate(setup, inputs, configs)
     method = {"config": asdict(eval.make_config(args, setup)) | {"tune": args.tune}}

@@ -23,7 +23,7 @@ import numpy as np
 
 from utils import Progress, UserError, replacing
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
 MODES = {1: "L", 3: "RGB"}  # what Pillow calls images of that many channels
 EIGHT_BIT = {"1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr"}
 SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L", "I;16N"}  # grey, which Pillow would clip to 8 bits instead of scaling it

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterable
@@ -294,10 +295,11 @@ def _fetched(name: str, download: Download, data_dir: Path) -> tuple[Path, str]:
 def advice(name: str, data_dir: Path) -> str:
     """What to fetch, from where, how to import it: for those without a network."""
     addresses = " ".join(download.addresses[0] for download in SOURCES[name].downloads)
+    place = shlex.quote(str(data_dir.resolve()))
     return (
-        f"Run it again to go on, or fetch {addresses} by other means and import it: "
-        f"python -m datasets.download {name} --data-dir {data_dir} --from FILE_OR_FOLDER; "
-        "--task same_dataset_digits needs no download"
+        f"Run it again to go on, or fetch {addresses} by other means and import it, in the "
+        f"repository's root: python -m datasets.download {name} --data-dir {place} --from FILE_OR_FOLDER; "
+        "the digits need no download"
     )
 
 

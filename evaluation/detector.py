@@ -53,9 +53,24 @@ class Detector:
         self.network = for_inference(model)
 
     @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """[B, C, S, S] -> [B, classes]. As in fine-tuning's checks the head is in fp32, also under autocast.
+
+        Raises:
+            ValueError: the images are not what the classifier takes.
+        """
+        size, channels = self.config.image_size, self.config.image_channels
+        if images.shape[1:] != (channels, size, size) or images.dtype != torch.float32:
+            expected = f"torch.float32 [B, {channels}, {size}, {size}]"
+            raise ValueError(f"images are {images.dtype} {list(images.shape)}, expected {expected}")
+        features = self.network.features(images).float()
+        with torch.autocast(images.device.type, enabled=False):
+            return self.network.classifier(features)
+
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, C, S, S] -> OOD scores [B], larger meaning more likely OOD, and the IND class numbers [B]."""
-        logits = self.network(images).float()
+        """Images [B, C, S, S] in [0, 1] -> OOD scores [B], larger meaning more likely OOD, and the numbers [B] of the
+        IND classes they look like, which count `config.classes`. Raises `ValueError` as `logits` does."""
+        logits = self.logits(images)
         num_ind = len(self.config.classes)
         return SCORES[self.config.score](logits, num_ind), logits[:, :num_ind].argmax(1)
 

@@ -32,7 +32,8 @@ def main(args: argparse.Namespace) -> None:
         for key in ("task", "config"):
             if result[key] != first[key]:
                 raise UserError(
-                    f"{path} is of another {key} than {args.results[0]}: there is no mean of unlike results"
+                    f"{path} is of another {difference(key, result[key], first[key])} than {args.results[0]}: there is "
+                    "no mean of unlike results"
                 )
         runs = {(result["partition"], seed) for seed in result["seeds"]}
         if runs & seen:
@@ -50,6 +51,17 @@ def main(args: argparse.Namespace) -> None:
     detection = [means(result["detection"], ("ood_dataset", "method", "at"), FIGURES) for result in results]
     ind = [means(result["ind"], ("method", "at"), IND_FIGURES) for result in results]
     print(f"{format_table(sum(detection, []))}\n\n{format_ind_table(sum(ind, []))}")
+
+
+def difference(key: str, one: object, other: object) -> str:
+    """What is unlike in two tasks or configurations: "config (epochs 1, 15)"."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        unlike = [
+            f"{name} {one.get(name)}, {other.get(name)}" for name in one | other if one.get(name) != other.get(name)
+        ]
+    else:
+        unlike = [f"{one}, {other}"]
+    return f"{key} ({'; '.join(unlike)})"
 
 
 def read_result(path: Path) -> dict:

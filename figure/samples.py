@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from datasets.tasks import add_data_arguments, all_partitions, default_checkpoint, task_from_arguments, task_names
-from utils import add_common_arguments, check_writable, positive_float, run_command, seed_number
+from utils import UserError, add_common_arguments, check_outputs, positive_float, run_command, seed_number
 
 COUNT = 24  # images of each kind: two lines
 
@@ -38,9 +38,11 @@ def main(args: argparse.Namespace) -> None:
     if args.precision != "auto":  # no refusal: reproduce gives every command the same
         print("--precision changes nothing here: the images are made in fp32", flush=True)
     output = args.output or Path("results") / f"{task_name}_{partition}_samples.png"
-    check_writable(output)
-    device = pick_device(args.device)
     path = args.params_dict_name2 or default_checkpoint(task_name, partition, "train_cvae")
+    check_outputs(output, inputs=[path])
+    if output.suffix.lower() != ".png":
+        raise UserError(f"--output {output}: is written as PNG; give it a name that ends in .png")
+    device = pick_device(args.device)
     cvae, _ = load_stage1("train_cvae", task, task_name, partition, path, device)
     _, test = load_ind(task, partition, args.data_dir)
     num_ind = len(task.partitions[partition])

@@ -69,13 +69,16 @@ class Job:
         """Leave the job where `read_job` finds it."""
         write_json(self.folder / "job.json", json.loads(json.dumps(asdict(self), default=str)))
 
-    def records(self) -> dict[str, dict]:
-        """What is done: for each step, from the first, its options and seconds; nothing after a gap."""
+    def recorded(self) -> dict[str, dict]:
+        """For each step that was ever done its options, then, and seconds."""
         try:
-            recorded = json.loads((self.folder / "done.json").read_text())
+            return json.loads((self.folder / "done.json").read_text())
         except (OSError, ValueError):
             return {}
-        found = {}
+
+    def records(self) -> dict[str, dict]:
+        """What is done: for each step, from the first, its options and seconds; nothing after a gap."""
+        found, recorded = {}, self.recorded()
         for step in self.steps:
             record = recorded.get(step.name)
             if not record or record["argv"] != list(step.argv) or not all(path.is_file() for path in step.outputs):

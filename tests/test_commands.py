@@ -20,6 +20,7 @@ from sklearn.metrics import roc_auc_score
 
 import eval
 import train
+from benchmarks import ablations
 from datasets import obtain
 from datasets.archives import FetchError
 from datasets.datasetsHelper import load_ind
@@ -86,18 +87,15 @@ def run(command, *argv: object) -> int:
 
 
 def error_of(capsys, command, *argv: object) -> str:
-    """The line with which a command that must fail ends; by argparse its usage precedes it."""
-    by_argparse = False
+    """The one line on which a command that must fail says why."""
     try:
         status = run(command, *argv)
-    except SystemExit as exit:
-        status, by_argparse = exit.code, True
+    except SystemExit as exit:  # of argparse
+        status = exit.code
     error = capsys.readouterr().err
     assert status == 2
-    line = error.splitlines()[-1]
-    assert line.startswith(f"{command.get_parser().prog}: error: ")
-    assert by_argparse or error == line + "\n"
-    return line
+    assert error.startswith(f"{command.get_parser().prog}: error: ") and error.count("\n") == 1
+    return error.rstrip("\n")
 
 
 # --- end to end ---------------------------------------------------------------------------------
@@ -303,9 +301,12 @@ def test_the_mean_over_results(workplace, capsys):
 
 def test_results_without_a_mean_are_refused(workplace, capsys):
     one = write_result("one.json")
-    for key, value in (("task", "different_dataset"), ("config", {"sigma": 5.0})):
+    for key, value, words in (
+        ("task", "different_dataset", "task (different_dataset, same_dataset_mnist)"),
+        ("config", {"sigma": 5.0}, "config (sigma 5.0, 3.0)"),
+    ):
         other = write_result("other.json", **{key: value})
-        assert f"other.json is of another {key} than one.json" in error_of(capsys, summarise, one, other)
+        assert f"other.json is of another {words} than one.json" in error_of(capsys, summarise, one, other)
     twice = write_result("twice.json", (0.9, 0.8), partition="one")
     assert "twice.json: one with seed 0 is in a file before it" in error_of(capsys, summarise, one, twice)
     row = {"method": "KNN", "at": "untouched", "ood_dataset": "held-out-classes", "seed": None, "auroc": 0.9}
@@ -434,7 +435,7 @@ def test_networks_trained_on_other_images_are_refused(workplace, capsys):
     state.origin["data"] += 1
     save_checkpoint(CVAE, state)
     capsys.readouterr()
-    assert "the CVAE was trained on other images than those now in place" in error_of(capsys, eval)
+    assert "the CVAE was trained on other images than those now in datasets: put them back" in error_of(capsys, eval)
 
 
 def test_a_head_that_diverges_is_one_line(workplace, capsys):
@@ -473,6 +474,55 @@ def test_a_default_name_that_is_too_long_is_found_before_the_work(workplace, cap
 
 
 @pytest.mark.parametrize(
+    ("command", "argv"),
+    [
+        (eval, ["--output", CVAE]),
+        (eval, ["--save-scores", CLASSIFIER]),
+        (eval, ["--mode", "CMG-energy", "--save-detector", f"ckpt/../{CLASSIFIER}"]),
+        (samples, ["--output", CVAE]),
+        (ablations, ["--output", CLASSIFIER]),
+    ],
+)
+def test_nothing_is_written_over_what_a_command_reads(digits, capsys, command, argv):
+    before = {path: path.read_bytes() for path in Path("ckpt").iterdir()}
+    assert f"cannot write {argv[-1]}: it is read by this command; name another file" in error_of(capsys, command, *argv)
+    assert {path: path.read_bytes() for path in Path("ckpt").iterdir()} == before
+
+
+def test_no_two_outputs_are_one_file(digits, capsys):
+    message = "cannot write a.json: it is another output already; name another file"
+    assert message in error_of(capsys, eval, "--output", "a.json", "--save-scores", "./a.json".removeprefix("./"))
+    assert message.replace("a.json", CVAE) in error_of(
+        capsys, train, "--command", "train_cvae", "--restart", "--log", CVAE
+    )
+    assert not Path("a.json").exists()
+
+
+def test_a_picture_is_a_png_file(digits, capsys):
+    message = "--output a.jpg: is written as PNG; give it a name that ends in .png"
+    assert message in error_of(capsys, samples, "--output", "a.jpg") and not Path("a.jpg").exists()
+
+
+def test_results_of_other_networks_have_another_name(digits, capsys):
+    Path("ckpt/mine.pkl").write_bytes(Path(CLASSIFIER).read_bytes())
+    options = ["--mode", "CMG-energy", "--epochs", 1, "--device", "cpu", "--precision", "fp32"]
+    assert run(eval, *options, "--params-dict-name", "ckpt/mine.pkl") == 0
+    name = "same_dataset_digits_partition1_CMG-energy_seed123_epochs-1_precision-fp32_params_dict_name-mine.pkl.json"
+    assert [path.name for path in Path("results").iterdir()] == [name]
+
+
+def test_a_training_that_is_not_finished_is_said_to_be_so(digits, capsys):
+    Path(CLASSIFIER).rename(f"{CLASSIFIER}.resume")
+    line = error_of(capsys, eval)
+    assert line == f"eval: error: {CLASSIFIER}: the training stopped before its end; give its command again"
+
+
+def test_the_way_to_a_checkpoint_never_leads_over_another(digits, capsys):
+    line = error_of(capsys, eval, "--params-dict-name", CVAE)
+    assert line.endswith("--partition partition1 --command train_classifier")
+
+
+@pytest.mark.parametrize(
     ("task", "name"),
     [("same_dataset_mnist", "mnist"), ("same_dataset_cifar10", "cifar10"), ("different_dataset", "cifar10")],
 )
@@ -483,8 +533,8 @@ def test_missing_images_without_network_are_named(workplace, capsys, monkeypatch
     monkeypatch.setattr(obtain, "fetch", fetch)
     line = error_of(capsys, train, "--task", task, "--data-dir", "nowhere")
     assert f"{name} cannot be downloaded ({SOURCES[name].downloads[0].addresses[0]}: no route to host" in line
-    assert f"python -m datasets.download {name} --data-dir nowhere --from" in line
-    assert "same_dataset_digits needs no download" in line and not Path("ckpt").exists()
+    assert f"python -m datasets.download {name} --data-dir {Path('nowhere').resolve()} --from" in line
+    assert "the digits need no download" in line and not Path("ckpt").exists()
 
 
 @pytest.mark.parametrize("file", ["t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])

@@ -30,17 +30,19 @@ def test_threshold_is_the_least_score_that_95_percent_do_not_exceed(count, expec
     assert (scores < threshold).double().mean() < 0.95
 
 
+CONFIG = DetectorConfig(
+    task="t", classes=(2, 3, 4), image_size=8, image_channels=1, logits=11, networks="mnist", score="CMG-softmax",
+    threshold=0.25, threshold_from="IND test",
+)  # fmt: skip
+
+
 def test_a_saved_detector_scores_as_the_one_saved(tmp_path):
     model = MainModel(8, 1, 11, "mnist")
-    config = DetectorConfig(
-        task="t", classes=(2, 3, 4), image_size=8, image_channels=1, logits=11, networks="mnist", score="CMG-softmax",
-        threshold=0.25, threshold_from="IND test",
-    )  # fmt: skip
-    detector = Detector(model, config)
+    detector = Detector(model, CONFIG)
     detector.save(tmp_path / "d.pt", {"command": "c"})
     loaded = load_detector(tmp_path / "d.pt", CPU)
     images = torch.rand(5, 1, 8, 8)
-    assert loaded.config == config
+    assert loaded.config == CONFIG
     state, stored = model.state_dict(), loaded.model.state_dict()
     assert all(torch.equal(state[name], stored[name]) for name in state)
     with torch.no_grad():
@@ -49,6 +51,33 @@ def test_a_saved_detector_scores_as_the_one_saved(tmp_path):
     for found in (detector(images), loaded(images)):
         torch.testing.assert_close(found[0], SCORES["CMG-softmax"](logits, 3))
         assert torch.equal(found[1], logits[:, :3].argmax(1))
+
+
+def test_the_head_is_in_fp32_under_autocast():
+    """bf16 logits would have many images share a score."""
+    torch.manual_seed(0)
+    model = MainModel(8, 1, 11, "mnist")
+    detector = Detector(model, CONFIG)
+    images = torch.rand(64, 1, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        logits, features = detector.logits(images), detector.network.features(images)
+    assert features.dtype == torch.bfloat16 and logits.dtype == torch.float32
+    torch.testing.assert_close(logits, model.classifier(features.float()))
+    assert not torch.equal(logits, logits.bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    ("images", "found"),
+    [
+        (torch.zeros(2, 3, 8, 8), r"torch.float32 \[2, 3, 8, 8\]"),
+        (torch.zeros(2, 1, 8, 9), r"torch.float32 \[2, 1, 8, 9\]"),
+        (torch.zeros(2, 1, 8, 8).double(), r"torch.float64 \[2, 1, 8, 8\]"),
+    ],
+)
+def test_other_images_are_refused(images, found):
+    detector = Detector(MainModel(8, 1, 11, "mnist"), CONFIG)
+    with pytest.raises(ValueError, match=rf"images are {found}, expected torch.float32 \[B, 1, 8, 8\]$"):
+        detector(images)
 
 
 def test_what_is_no_detector_is_refused(tmp_path):

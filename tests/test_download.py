@@ -465,7 +465,7 @@ def test_failure_says_what_to_fetch_and_how_to_import_it(server, tiny, tmp_path)
     message = str(error.value)
     assert "answers 404" in message and f"fetch {server.address}/LSUN_fix.tar.gz by other means" in message
     assert f"python -m datasets.download LSUN-FIX --data-dir {tmp_path / 'data'} --from FILE_OR_FOLDER" in message
-    assert "same_dataset_digits needs no download" in message and "\n" not in message
+    assert "the digits need no download" in message and "\n" not in message
 
 
 def test_incomplete_folder_of_the_user_is_not_touched(server, tiny, tmp_path):

@@ -144,6 +144,22 @@ def test_another_option_of_eval_repeats_eval_alone(reproduced, tmp_path, monkeyp
     assert json.loads((folder / "eval.json").read_text())["config"]["epochs"] == 2
 
 
+def test_networks_of_another_training_are_not_lost(reproduced, capsys, monkeypatch):
+    """Nor is the same training with another log another one."""
+    monkeypatch.chdir(ROOT)
+    argv = ["--partitions", "partition3", "--seeds", 2, "--baselines", "KNN", "MaxLogit", "--output", reproduced]
+    options = dict(zip(QUICK[::2], QUICK[1::2], strict=True))
+    other = [word for item in (options | {"--classifier-args": "--epochs 3 --lr 0.01"}).items() for word in item]
+    before = {path: path.stat().st_mtime_ns for path in reproduced.glob("partition3*/*.pkl")}
+    assert run(*argv, *other) == 2
+    advice = "give the options of then, name another --output, or remove the folder"
+    folder = reproduced / "partition3_seed1"
+    assert capsys.readouterr().err == (
+        f"reproduce: error: {folder} holds networks made with another --epochs, --lr: {advice}\n"
+    )
+    assert {path: path.stat().st_mtime_ns for path in reproduced.glob("partition3*/*.pkl")} == before and before
+
+
 # --- interruption and failure -------------------------------------------------------------------
 
 
@@ -236,6 +252,7 @@ def test_a_failed_job_is_reported_and_stops_no_other(tmp_path, monkeypatch, caps
         (["--seeds", "0"], "argument --seeds: 0 is out of range"),
         (["--baselines", "LOF"], "argument --baselines: invalid choice: 'LOF'"),
         (["--launcher", "slurm", "--slurm", "hours"], "--slurm hours: expected NAME=VALUE, such as timeout_min=240"),
+        (["--slurm", "timeout_min=240"], "--slurm goes with --launcher slurm only; leave it out"),
         (["--task", "custom"], "--task custom needs --ind-dir DIR"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from training.options import option
-from utils import UserError, check_writable, load_checkpoint, positive_int
+from utils import UserError, check_outputs, check_writable, load_checkpoint, positive_int
 
 IMAGES_PER_STATE = 5000  # at least, by default: writing the state would take longer than the epochs of a small data set
 
@@ -119,12 +119,10 @@ def train_to_checkpoint(
     resume = resume_path(path)
     if processes.is_main:
         remove_leftovers(path)
-    if args.log:
-        check_writable(args.log)
     # An old state stays until the new one is complete.
     room = copies * (1 if os.path.exists(resume) else 2) * sum(t.nbytes for t in model.state_dict().values())
     check_writable(path, room)
-    check_writable(resume)
+    check_outputs(path, resume, args.log)
     if processes.is_main:
         print(
             f"{about}, {len(data):,} images, {config.epochs} epochs on {processes.device} in {config.precision}",

@@ -35,6 +35,7 @@ from training.fine_tune import (
 )
 from training.joint import JointObjective, train_jointly
 from training.loop import fingerprint
+from training.runs import resume_path
 from training.scored import Scored, run_scores, summarise, untouched_scores
 from training.stages import STAGES
 from training.train_classifier import ClassifierObjective, build_classifier
@@ -42,9 +43,10 @@ from utils import Progress, UserError, derive_seed
 
 
 def train_command(command: str, task: Task, task_name: str, partition: str, path: Path) -> str:
-    """What to type to make a checkpoint."""
+    """What to type to make a checkpoint: in `path`, unless something else is there."""
     options = task.options or ("--task", task_name, "--partition", partition)
-    return shlex.join(["python", "-m", "train", *options, "--command", command, "--params-dict-name", str(path)])
+    where = () if path.is_file() else ("--params-dict-name", str(path))
+    return shlex.join(["python", "-m", "train", *options, "--command", command, *where])
 
 
 def load_stage1(
@@ -75,6 +77,9 @@ def load_networks(
         files = " and ".join(f"{path}: no such file" for path in missing.values())
         commands = [train_command(command, task, task_name, partition, path) for command, path in missing.items()]
         remedy = " && ".join(commands)
+        unfinished = [str(path) for path in missing.values() if resume_path(path).is_file()]
+        if unfinished:
+            raise UserError(f"{' and '.join(unfinished)}: the training stopped before its end; give its command again")
         raise UserError(f"{files}. Make what is missing with: {remedy}")
     loaded = {command: load_stage1(command, task, task_name, partition, paths[command], device) for command in COMMANDS}
     origins = {command: origin for command, (_, origin) in loaded.items()}
@@ -117,7 +122,7 @@ def make_detector(inputs: Stage2Inputs, run: Run, tune: str, config: FineTuneCon
         threshold_from=threshold_from,
     )
     detector = Detector(model, about)
-    logits = in_chunks(lambda part: detector.network(to_float(part)), images, config.precision)
+    logits = in_chunks(lambda part: detector.logits(to_float(part)), images, config.precision)
     threshold = acceptance_threshold(SCORES[about.score](logits, config.num_ind))
     return Detector(model, replace(about, threshold=threshold))
 
@@ -175,9 +180,13 @@ def load_data(
     train, test = load_ind(task, partition, data_dir)
     train, validation = split_validation(train, kept)
     trained_on = fingerprint(train)
+    place = task.folders[task.dataset].root if task.dataset in task.folders else data_dir
     for name, origin in origins.items():
         if origin.get("data", trained_on) != trained_on:
-            raise UserError(f"{name} was trained on other images than those now in place: put them back, or train anew")
+            raise UserError(
+                f"{name} was trained on other images than those now in {place}: put them back, or "
+                "train it anew with --restart"
+            )
     ood = {name: load_ood(task, partition, name, data_dir).to(device) for name in ood_names}
     return Stage2Data(train.to(device), validation.to(device), test.to(device), ood)
 

@@ -10,9 +10,6 @@ from pathlib import Path
 from datasets.tasks import CUSTOM, Task, add_data_arguments, task_from_arguments
 from utils import UserError, add_machine_arguments
 
-ROOT = Path("..")  # the commands run in this folder and share data, checkpoints and results with the rest
-
-
 # What --dataset may be -> task of the root's registry, and partition.
 DATASETS = {
     "cifar10": ("different_dataset", "all"),
@@ -61,12 +58,18 @@ TRAINING_MODES = {
 }
 
 
+def root() -> Path:
+    """Where data, checkpoints and results are, which are shared with the rest: the commands run in this folder, or as
+    `python CSI+CMG/train.py` in the one above."""
+    return Path(".") if Path("CSI+CMG", "csi").is_dir() else Path("..")
+
+
 def add_csi_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that every CSI command shares."""
     parser.add_argument(
         "--dataset", "--task", choices=list(DATASETS), default="cifar10", help="images and classes (default: cifar10)"
     )
-    add_machine_arguments(parser, data_dir=ROOT / "datasets")
+    add_machine_arguments(parser, data_dir=root() / "datasets")
     add_data_arguments(parser)
 
 
@@ -89,7 +92,7 @@ def data_from_arguments(args: argparse.Namespace) -> CSIData:
 
 def default_checkpoint(data: CSIData, mode: str) -> Path:
     """Where a training mode writes when it isn't told: ../ckpt/csi_DATASET….pkl."""
-    return ROOT / "ckpt" / f"csi_{data.name}{TRAINING_MODES[mode].suffix}.pkl"
+    return root() / "ckpt" / f"csi_{data.name}{TRAINING_MODES[mode].suffix}.pkl"
 
 
 def remedy(data: CSIData, mode: str) -> str:
