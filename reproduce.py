@@ -23,7 +23,16 @@ from datasets.tasks import add_data_arguments, task_from_arguments, task_names
 from evaluation.baselines import POST_HOC
 from reproduction.jobs import Job, Step, last_line
 from training.options import check_options, option, parse_options
-from utils import UserError, add_machine_arguments, check_writable, pick_all, pick_device, positive_int, run_command
+from utils import (
+    UserError,
+    add_machine_arguments,
+    check_writable,
+    counted,
+    pick_all,
+    pick_device,
+    positive_int,
+    run_command,
+)
 
 ABLATION_SEEDS = ("1", "2", "3")
 SAMPLES, ABLATIONS = "samples.png", "ablations.json"
@@ -105,7 +114,10 @@ def main(args: argparse.Namespace) -> None:
     for job in jobs:
         job.write()
     waiting = [job for job in jobs if not job.is_done]
-    print(f"{task_name}: {len(jobs)} jobs, {len(jobs) - len(waiting)} done already; results in {folder}", flush=True)
+    print(
+        f"{task_name}: {counted(len(jobs), 'job')}, {len(jobs) - len(waiting)} done already; results in {folder}",
+        flush=True,
+    )
     if args.launcher == "local":
         pick_device(args.device)
     if waiting and args.launcher == "slurm":

@@ -177,6 +177,11 @@ def changed_options(args: argparse.Namespace, parser: argparse.ArgumentParser, n
     return "".join(f"_{'-'.join([name, *values])}" for name, values in words.items())
 
 
+def counted(count: int, noun: str) -> str:
+    """ "1 epoch", "2 epochs"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 # --- seeds --------------------------------------------------------------------------------------
 
 
@@ -283,7 +288,7 @@ def environment(device) -> dict:
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:
-        hardware = f"{cpu_name()}, {torch.get_num_threads()} threads"
+        hardware = f"{cpu_name()}, {counted(torch.get_num_threads(), 'thread')}"
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),

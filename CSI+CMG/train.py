@@ -95,7 +95,7 @@ def train(args: argparse.Namespace, processes) -> None:
         precision=pick_precision(args.precision, device),
     )
     if args.mode == "sup_simclr_CSI" and args.warmup >= config.epochs:
-        raise UserError(f"--warmup {args.warmup}: must be less than the {config.epochs} epochs; lower it")
+        raise UserError(f"--warmup {args.warmup}: must be less than --epochs {config.epochs}; give a smaller one")
     torch.manual_seed(derive_seed(args.seed, "initialisation", args.mode))
     model, what = build(args, data)
     # The schedule depends on the number of epochs: unlike a constant rate it cannot be continued beyond them.

@@ -42,7 +42,7 @@ class Text:
     text: str
 
     def html(self) -> str:
-        return "\n".join(f"<p>{escape(part)}</p>" for part in self.text.split("\n\n"))
+        return "\n".join("<p>" + escape(part).replace("\n", "<br>\n") + "</p>" for part in self.text.split("\n\n"))
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def cells(summary: Iterable[dict], keys: Sequence[str], figures: Iterable[str]) 
 # --- the table ----------------------------------------------------------------------------------
 
 NOTES = {
-    "last": "after the last step, nothing selected: the figure to stand for",
+    "last": "after the last step, nothing selected: the figure to report",
     "validated": "at the step chosen on IND images kept from training, against pseudo-OOD images",
     "max": "best AUROC over the checks: the paper's protocol, selected on the test images",
     "untouched": "the classifier before fine-tuning",

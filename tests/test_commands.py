@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
 import json
+import math
 import os
 import re
 import shutil
@@ -30,6 +32,8 @@ from evaluation import summarise
 from evaluation.plots import tile
 from figure import samples
 from tests import tiny_data
+from training import fine_tune
+from training.losses import cross_entropy
 from utils import changed_options, generator, load_checkpoint, run_command, save_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -351,7 +355,7 @@ def test_a_failing_process_under_torchrun_ends_all_with_its_message(workplace):
     done = subprocess.run([*launcher, *options], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode != 0 and "train: error: a batch of 1 image cannot be normalised: " in done.stderr
     assert "[rank" not in done.stderr  # torch's mark on the lines of a traceback
-    assert done.stdout.count("722 images, 1 epochs on cpu") == 1 and not any(Path("ckpt").iterdir())
+    assert done.stdout.count("722 images, 1 epoch on cpu") == 1 and not any(Path("ckpt").iterdir())
 
 
 # --- errors: checkpoints ------------------------------------------------------------------------
@@ -646,3 +650,34 @@ def test_images_of_another_size_are_refused(workplace, capsys):
 def test_an_argument_that_cannot_be_is_named(workplace, capsys, command, argv, message):
     assert message in error_of(capsys, command, *argv)
     assert not any(path.is_file() for path in workplace.rglob("*"))
+
+
+# --- what the README shows ----------------------------------------------------------------------
+
+PYTHON = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_readmes_detectors_agree(digits):
+    """A saved detector and one that was fitted in Python."""
+    options = ["--mode", "CMG-energy", "--epochs", 1, "--device", "cpu", "--precision", "fp32"]
+    assert run(eval, *options, "--save-detector", "detector.pt") == 0
+    (code,) = [block for block in PYTHON if "load_detector" in block]
+    code = code.replace("sigma=task.sigma", "sigma=task.sigma, epochs=1")
+    names = {}
+    exec(code.replace("detector = CMGDetector", "saved = scores\ndetector = CMGDetector"), names)
+    images = len(load_ind(TASKS["same_dataset_digits"], "partition1", Path("datasets"))[1])
+    assert names["saved"].shape == names["scores"].shape == names["classes"].shape == (images,)
+    # The networks kept a tenth of the images from training, which the fit in Python sees.
+    assert np.corrcoef(names["saved"], names["scores"])[0, 1] > 0.99
+    assert names["is_ood"].float().mean() < 0.2
+
+
+def test_the_readmes_mode_is_one():
+    (entry,) = [block for block in PYTHON if "Mode(" in block]
+    (mode,) = builtins.eval(f"{{{entry}}}", vars(fine_tune) | {"cross_entropy": cross_entropy}).values()
+    assert isinstance(mode, fine_tune.Mode)
+    config = fine_tune.FineTuneConfig(num_ind=6, sigma=3.0)
+    labels = torch.zeros(2, 5, dtype=torch.long)
+    loss = mode.loss(torch.zeros(2, 5, 11), labels, torch.zeros(2, 7, 11), None, config)
+    expected = torch.full((2,), math.log(11) + 0.5 * math.log(6))
+    torch.testing.assert_close(loss, expected)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from training.options import option
-from utils import UserError, check_outputs, check_writable, load_checkpoint, positive_int
+from utils import UserError, check_outputs, check_writable, counted, load_checkpoint, positive_int
 
 IMAGES_PER_STATE = 5000  # at least, by default: writing the state would take longer than the epochs of a small data set
 
@@ -125,7 +125,8 @@ def train_to_checkpoint(
     check_outputs(path, resume, args.log)
     if processes.is_main:
         print(
-            f"{about}, {len(data):,} images, {config.epochs} epochs on {processes.device} in {config.precision}",
+            f"{about}, {counted(len(data), 'image')}, {counted(config.epochs, 'epoch')} on {processes.device} in "
+            f"{config.precision}",
             flush=True,
         )
     recorder = Recorder(
