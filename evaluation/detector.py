@@ -52,9 +52,14 @@ class Detector:
         self.model, self.config = model.eval(), config
         self.network = for_inference(model)
 
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, C, S, S] in [0, 1] -> OOD scores [B], larger meaning more likely OOD, and the numbers [B] of the
+        IND classes they look like, which count `config.classes`. Raises `ValueError` as `features` does."""
+        return self.judge(self.features(images))
+
     @torch.no_grad()
-    def logits(self, images: Tensor) -> Tensor:
-        """[B, C, S, S] -> [B, classes]. As in fine-tuning's checks the head is in fp32, also under autocast.
+    def features(self, images: Tensor) -> Tensor:
+        """[B, C, S, S] -> [B, F], in fp32.
 
         Raises:
             ValueError: the images are not what the classifier takes.
@@ -63,14 +68,13 @@ class Detector:
         if images.shape[1:] != (channels, size, size) or images.dtype != torch.float32:
             expected = f"torch.float32 [B, {channels}, {size}, {size}]"
             raise ValueError(f"images are {images.dtype} {list(images.shape)}, expected {expected}")
-        features = self.network.features(images).float()
-        with torch.autocast(images.device.type, enabled=False):
-            return self.network.classifier(features)
+        return self.network.features(images).float()
 
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, C, S, S] in [0, 1] -> OOD scores [B], larger meaning more likely OOD, and the numbers [B] of the
-        IND classes they look like, which count `config.classes`. Raises `ValueError` as `logits` does."""
-        logits = self.logits(images)
+    @torch.no_grad()
+    def judge(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, F] -> scores [B] and classes [B]. As in fine-tuning's checks the head is in fp32, also under autocast."""
+        with torch.autocast(features.device.type, enabled=False):
+            logits = self.network.classifier(features)
         num_ind = len(self.config.classes)
         return SCORES[self.config.score](logits, num_ind), logits[:, :num_ind].argmax(1)
 

@@ -60,10 +60,12 @@ def test_the_head_is_in_fp32_under_autocast():
     detector = Detector(model, CONFIG)
     images = torch.rand(64, 1, 8, 8)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        logits, features = detector.logits(images), detector.network.features(images)
-    assert features.dtype == torch.bfloat16 and logits.dtype == torch.float32
-    torch.testing.assert_close(logits, model.classifier(features.float()))
-    assert not torch.equal(logits, logits.bfloat16().float())
+        features, (scores, _) = detector.network.features(images), detector(images)
+        assert features.dtype == torch.bfloat16
+    with torch.no_grad():
+        expected = SCORES["CMG-softmax"](model.classifier(features.float()), 3)
+    torch.testing.assert_close(scores, expected, rtol=1e-6, atol=0)
+    assert len(scores.unique()) == 64
 
 
 @pytest.mark.parametrize(

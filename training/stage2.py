@@ -17,7 +17,6 @@ from datasets.tasks import COMMANDS, Task
 from evaluation.baselines import baseline_scores
 from evaluation.detector import Detector, DetectorConfig, acceptance_threshold
 from evaluation.report import BASELINES, IND_TEST
-from evaluation.scores import SCORES
 from models.inference import for_inference, in_chunks
 from models.main_model import MainModel
 from models.vae import ConditionalVAE
@@ -122,8 +121,8 @@ def make_detector(inputs: Stage2Inputs, run: Run, tune: str, config: FineTuneCon
         threshold_from=threshold_from,
     )
     detector = Detector(model, about)
-    logits = in_chunks(lambda part: detector.logits(to_float(part)), images, config.precision)
-    threshold = acceptance_threshold(SCORES[about.score](logits, config.num_ind))
+    features = in_chunks(lambda part: detector.features(to_float(part)), images, config.precision)
+    threshold = acceptance_threshold(detector.judge(features)[0])
     return Detector(model, replace(about, threshold=threshold))
 
 
