@@ -17,6 +17,7 @@ import torch
 import train as root_train
 from csi.network import CSINet
 from csi.optimizers import warmup_cosine
+from csi.options import root
 from csi.stages import STAGES
 from datasets.datasetsHelper import Images
 from datasets.tasks import TASKS
@@ -316,3 +317,9 @@ def test_arguments_that_do_not_go_with_csi(own_images, tmp_path, capsys, name, a
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["CSI+CMG", "birds", "insects"]
+
+
+def test_from_the_root_the_commands_mean_the_same_places(monkeypatch):
+    for place in (FOLDER.parent, FOLDER):
+        monkeypatch.chdir(place)
+        assert root().resolve() == FOLDER.parent.resolve()
