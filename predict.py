@@ -39,7 +39,8 @@ def main(args: argparse.Namespace) -> int:
     from utils import Progress, pick_device, pick_precision
 
     paths = image_files(args.images)
-    check_outputs(args.csv, inputs=[args.detector, *paths])
+    if args.csv:
+        check_outputs(args.csv, inputs=[args.detector, *paths])
     device = pick_device(args.device)
     detector = load_detector(args.detector, device)
     # Without --csv the output is the table, which lines of progress would spoil where it is redirected.

@@ -48,7 +48,7 @@ REFUSED = {  # options of the steps that are not for the user to hand on -> what
     "save_detector": "every job would write the same file; run eval on the networks of one",
     **dict.fromkeys(("log", "tensorboard"), "every job has logs of its own, NETWORK.jsonl in its folder"),
 }
-NO_MATTER = ("save_every", "restart", "compile", "log", "tensorboard", "device", "data_dir")  # to what train makes
+DECIDES = ("epochs", "batch_size", "lr", "warmup", "val_fraction")  # what train makes, beside the task and the seed
 READERS = {  # step -> its command, and what that checks before the work beside what the parser does
     "eval": (eval, eval.read_run),
     "ablations": (ablations, ablations.read_arguments),
@@ -219,21 +219,26 @@ def check_steps(job: Job) -> None:
 
 
 def check_networks(jobs: Sequence[Job]) -> None:
-    """Find out before the work whether networks that are there were trained otherwise.
+    """Find out before the work whether networks that are there were trained otherwise, as far as it is recorded; train
+    itself compares with the checkpoint.
 
     Raises:
-        UserError: they were, and would be lost.
+        UserError: they were; train would refuse to replace them.
     """
     for job in jobs:
         recorded = job.recorded()
         for step in job.steps:
             if step.module != "train" or step.name not in recorded or not all(path.is_file() for path in step.outputs):
                 continue
-            then, now = (
-                vars(parse_options(step.name, train.get_parser(), argv))
-                for argv in (recorded[step.name]["argv"], step.argv)
-            )
-            differ = [option(name) for name in now if name not in NO_MATTER and then[name] != now[name]]
+            try:
+                then = vars(parse_options(step.name, train.get_parser(), recorded[step.name]["argv"]))
+            except UserError:  # options of another version
+                continue
+            now = vars(parse_options(step.name, train.get_parser(), step.argv))
+            # None is the task's own value, which may have been written out on the other side.
+            differ = [
+                option(name) for name in DECIDES if then[name] != now[name] and None not in (then[name], now[name])
+            ]
             if differ and not now["restart"]:
                 raise UserError(
                     f"{job.folder} holds networks made with another {', '.join(differ)}: give the options of then, "

@@ -170,10 +170,13 @@ def pick_all(flag: str, names: list[str], known: Sequence[str], task_name: str) 
 
 def changed_options(args: argparse.Namespace, parser: argparse.ArgumentParser, names: Sequence[str]) -> str:
     """What was given otherwise than by default, for names of files: "_lr-0.001_margins-0.3-0.7", or nothing; of a
-    path its last part."""
+    path its last two parts."""
     changed = {name: getattr(args, name) for name in names if getattr(args, name) != parser.get_default(name)}
     lists = {name: value if isinstance(value, list) else [value] for name, value in changed.items()}
-    words = {name: [v.name if isinstance(v, Path) else str(v) for v in values] for name, values in lists.items()}
+    words = {
+        name: ["-".join(v.parts[-2:]) if isinstance(v, Path) else str(v) for v in values]
+        for name, values in lists.items()
+    }
     return "".join(f"_{'-'.join([name, *values])}" for name, values in words.items())
 
 

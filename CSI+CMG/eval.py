@@ -24,7 +24,7 @@ MODES = {
     "ood": ("detection", "single view"),
     "ood_marginalized": ("detection", "rotation ensemble"),
 }
-RESULT = ("mode", "ood_dataset", "precision", "ood_dir")  # options that make another result
+RESULT = ("mode", "ood_dataset", "precision", "ood_dir", "load_path")  # options that make another result
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from csi.options import TRAINING_MODES, CSIData, add_csi_arguments, data_from_arguments, default_checkpoint, remedy
 from training.runs import add_run_arguments, format_figures, is_done, refuse_idle_options, train_to_checkpoint
-from utils import UserError, number, positive_float, positive_int, run_command, seed_number
+from utils import UserError, check_outputs, number, positive_float, positive_int, run_command, seed_number
 
 # The linear layers take over what the representation was made with.
 NEEDS = dict.fromkeys(("width", "warmup", "val_fraction"), ("mode", ("sup_simclr_CSI",))) | {
@@ -147,6 +147,7 @@ def build(args: argparse.Namespace, data: CSIData) -> tuple:
             "val_fraction": args.val_fraction,
         }
     source = args.load_path or default_checkpoint(data, "sup_simclr_CSI")
+    check_outputs(args.params_dict_name, args.log, inputs=[source])
     model, origin = load_csi(source, data.classes, {"dataset": data.name}, remedy(data, "sup_simclr_CSI"))
     return model, {
         "width": len(model.bn1.weight),

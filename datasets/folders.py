@@ -226,12 +226,13 @@ def load_image(path: Path, size: int | None = None):
                     f"{path}: is {image.width}x{image.height} pixels; expected {size}x{size}. Replace or remove it"
                 )
             image.load()
-            if image.mode not in EIGHT_BIT | SIXTEEN_BIT or (image.mode == "I" and image.getextrema()[1] >> 16):
+            low, high = image.getextrema() if image.mode == "I" else (0, 0)
+            if image.mode not in EIGHT_BIT | SIXTEEN_BIT or low < 0 or high >> 16:
                 raise UserError(
                     f"{path}: has pixels of mode {image.mode}; expected 8 or 16 bits per channel. Convert or remove it"
                 )
             return image
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, TypeError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         reason = "no image" if isinstance(error, Image.UnidentifiedImageError) else error
         raise UserError(f"{path}: cannot be decoded ({reason}). Replace or remove it") from None
 

@@ -18,10 +18,12 @@ HIDDEN = 1024
 
 class PlainEncoder(nn.Module):
     """The CVAE's MNIST encoder: two 4x4 convolutions of stride 2 whose padding of S/2 + 1 keeps the image size S, a
-    multiple of 4."""
+    multiple of 4. Raises `ValueError` for another."""
 
     def __init__(self, image_channels: int, image_size: int):
         super().__init__()
+        if image_size % 4:
+            raise ValueError(f"image_size is {image_size}, expected a multiple of 4")
         padding = image_size // 2 + 1
         self.conv1 = nn.Conv2d(image_channels, 64, 4, 2, padding)
         self.conv2 = nn.Conv2d(64, 128, 4, 2, padding)

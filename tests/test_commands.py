@@ -464,7 +464,7 @@ def test_names_of_results_say_what_was_changed():
     assert name("--anchor", 0.1, "--margins", 0.3, 0.7) == "t_p_m_seed1-2_margins-0.3-0.7_anchor-0.1.json"
     assert name("--precision", "fp32", "--lr", 0.1) == "t_p_m_seed1-2_lr-0.1_precision-fp32.json"
     assert name("--ood-dataset", "SVHN", "LSUN") == "t_p_m_seed1-2_ood_dataset-SVHN-LSUN.json"
-    assert name("--ood-dir", "a/birds", "--ood-dir", "b/fish") == "t_p_m_seed1-2_ood_dir-birds-fish.json"
+    assert name("--ood-dir", "a/birds", "--ood-dir", "b/fish") == "t_p_m_seed1-2_ood_dir-a-birds-b-fish.json"
     assert name("--baselines") == "t_p_m_seed1-2_baselines.json"
     assert name("--baselines", "KNN", "ViM") == "t_p_m_seed1-2_baselines-KNN-ViM.json"
 
@@ -495,11 +495,16 @@ def test_nothing_is_written_over_what_a_command_reads(digits, capsys, command, a
 
 def test_no_two_outputs_are_one_file(digits, capsys):
     message = "cannot write a.json: it is another output already; name another file"
-    assert message in error_of(capsys, eval, "--output", "a.json", "--save-scores", "./a.json".removeprefix("./"))
+    assert message in error_of(capsys, eval, "--output", "a.json", "--save-scores", "ckpt/../a.json").replace(
+        "ckpt/../", ""
+    )
     assert message.replace("a.json", CVAE) in error_of(
         capsys, train, "--command", "train_cvae", "--restart", "--log", CVAE
     )
     assert not Path("a.json").exists()
+    resume = Path(f"{CVAE}.resume")
+    resume.touch()
+    assert error_of(capsys, train, "--command", "train_cvae", "--restart", "--log", CVAE) and resume.exists()
 
 
 def test_a_picture_is_a_png_file(digits, capsys):
@@ -511,7 +516,9 @@ def test_results_of_other_networks_have_another_name(digits, capsys):
     Path("ckpt/mine.pkl").write_bytes(Path(CLASSIFIER).read_bytes())
     options = ["--mode", "CMG-energy", "--epochs", 1, "--device", "cpu", "--precision", "fp32"]
     assert run(eval, *options, "--params-dict-name", "ckpt/mine.pkl") == 0
-    name = "same_dataset_digits_partition1_CMG-energy_seed123_epochs-1_precision-fp32_params_dict_name-mine.pkl.json"
+    name = (
+        "same_dataset_digits_partition1_CMG-energy_seed123_epochs-1_precision-fp32_params_dict_name-ckpt-mine.pkl.json"
+    )
     assert [path.name for path in Path("results").iterdir()] == [name]
 
 
@@ -524,6 +531,8 @@ def test_a_training_that_is_not_finished_is_said_to_be_so(digits, capsys):
 def test_the_way_to_a_checkpoint_never_leads_over_another(digits, capsys):
     line = error_of(capsys, eval, "--params-dict-name", CVAE)
     assert line.endswith("--partition partition1 --command train_classifier")
+    shutil.copy(CVAE, CLASSIFIER)
+    assert error_of(capsys, eval).endswith("--partition partition1 --command train_classifier --restart")
 
 
 @pytest.mark.parametrize(

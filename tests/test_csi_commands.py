@@ -319,6 +319,26 @@ def test_arguments_that_do_not_go_with_csi(own_images, tmp_path, capsys, name, a
     assert sorted(path.name for path in tmp_path.iterdir()) == ["CSI+CMG", "birds", "insects"]
 
 
+def test_the_layers_are_not_written_over_the_representation(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("r.pkl").write_bytes(b"precious")
+    options = [
+        "--dataset",
+        "digits",
+        "--mode",
+        "sup_CSI_linear",
+        "--load_path",
+        "r.pkl",
+        "--device",
+        "cpu",
+        "--restart",
+    ]
+    for more in (["--params-dict-name", "r.pkl"], ["--log", "r.pkl"]):
+        assert run("train", *options, *more) == 2
+        assert "cannot write r.pkl: it is read by this command" in capsys.readouterr().err
+    assert Path("r.pkl").read_bytes() == b"precious"
+
+
 def test_from_the_root_the_commands_mean_the_same_places(monkeypatch):
     for place in (FOLDER.parent, FOLDER):
         monkeypatch.chdir(place)

@@ -187,6 +187,11 @@ def test_encoder_padding_keeps_the_image_size(size):
     assert encoder(torch.zeros(1, 1, size, size)).shape == (1, 128, size, size)
 
 
+def test_another_image_size_is_refused():
+    with pytest.raises(ValueError, match="image_size is 10, expected a multiple of 4"):
+        PlainEncoder(1, 10)
+
+
 @pytest.mark.parametrize(("size", "channels"), [(4, 1), (8, 3), (12, 1), (28, 1)])
 def test_encoder_equals_its_layers_one_after_the_other(size, channels):
     torch.manual_seed(size)

@@ -240,7 +240,7 @@ def test_folder_errors_name_the_file(tmp_path):
     Image.new("RGB", (32, 31)).save(paths[3])
     with pytest.raises(UserError, match=r"image_00003\.png: is 32x31 pixels; expected 32x32\. Replace or remove it"):
         read_images(tmp_path / "a", 3, 32)
-    for deep in (Image.new("F", (32, 32)), Image.new("I", (32, 32), 1 << 16)):
+    for deep in (Image.new("F", (32, 32)), Image.new("I", (32, 32), 1 << 16), Image.new("I", (32, 32), -1)):
         deep.save(paths[3], "TIFF")
         expected = rf"image_00003\.png: has pixels of mode {deep.mode}; expected 8 or 16 bits per channel"
         with pytest.raises(UserError, match=expected):
@@ -271,7 +271,7 @@ def test_modes_of_eight_bits_become_colour(tmp_path, mode):
     assert np.array_equal(decode_image(path, 3, 32), expected)
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.pgm"])
+@pytest.mark.parametrize("name", ["a.png", "a.pgm", "a.tif"])
 def test_sixteen_bits_are_scaled(tmp_path, name):
     values = np.uint16([[0, 128, 129, 257], [32768, 65278, 65407, 65535]]).repeat(2, axis=0)
     Image.fromarray(values).save(tmp_path / name)

@@ -144,8 +144,7 @@ def test_another_option_of_eval_repeats_eval_alone(reproduced, tmp_path, monkeyp
     assert json.loads((folder / "eval.json").read_text())["config"]["epochs"] == 2
 
 
-def test_networks_of_another_training_are_not_lost(reproduced, capsys, monkeypatch):
-    """Nor is the same training with another log another one."""
+def test_networks_of_another_training_are_found_before_the_work(reproduced, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     argv = ["--partitions", "partition3", "--seeds", 2, "--baselines", "KNN", "MaxLogit", "--output", reproduced]
     options = dict(zip(QUICK[::2], QUICK[1::2], strict=True))
@@ -158,6 +157,16 @@ def test_networks_of_another_training_are_not_lost(reproduced, capsys, monkeypat
         f"reproduce: error: {folder} holds networks made with another --epochs, --lr: {advice}\n"
     )
     assert {path: path.stat().st_mtime_ns for path in reproduced.glob("partition3*/*.pkl")} == before and before
+
+
+@pytest.mark.parametrize("same", [["--classifier-args", "--epochs 2 --save-every 1"], ["--precision", "bf16"]])
+def test_networks_of_the_same_training_are_taken(reproduced, monkeypatch, same):
+    monkeypatch.chdir(ROOT)
+    argv = ["--partitions", "partition3", "--seeds", 2, "--output", os.path.relpath(reproduced), *QUICK, *same]
+    args = reproduce.get_parser().parse_args([str(word) for word in argv])
+    _, jobs = reproduce.make_jobs(args)
+    reproduce.check_networks(jobs)
+    jobs[0].steps[0].outputs[0].stat()  # there is a network to be compared
 
 
 # --- interruption and failure -------------------------------------------------------------------

@@ -61,7 +61,7 @@ def is_done(path: Path, origin: dict, args: argparse.Namespace, show: bool) -> b
     """
     resume = resume_path(path)
     if args.restart:
-        check_writable(resume)
+        check_outputs(path, resume, args.log)
         resume.unlink(missing_ok=True)
         return False
     if os.path.exists(resume) or not os.path.isfile(path):  # unlike Path's, no errors where a name cannot be

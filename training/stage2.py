@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets.datasetsHelper import Images, load_ind, load_ood, split_validation, to_float
-from datasets.tasks import COMMANDS, Task
+from datasets.tasks import COMMANDS, Task, default_checkpoint
 from evaluation.baselines import baseline_scores
 from evaluation.detector import Detector, DetectorConfig, acceptance_threshold
 from evaluation.report import BASELINES, IND_TEST
@@ -42,9 +42,11 @@ from utils import Progress, UserError, derive_seed
 
 
 def train_command(command: str, task: Task, task_name: str, partition: str, path: Path) -> str:
-    """What to type to make a checkpoint: in `path`, unless something else is there."""
+    """What to type to make a checkpoint: in `path`, or where `train` puts it if `path` is another file."""
     options = task.options or ("--task", task_name, "--partition", partition)
-    where = () if path.is_file() else ("--params-dict-name", str(path))
+    where = ("--params-dict-name", str(path))
+    if path.is_file():
+        where = ("--restart",) if path == default_checkpoint(task_name, partition, command) else ()
     return shlex.join(["python", "-m", "train", *options, "--command", command, *where])
 
 
