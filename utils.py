@@ -170,14 +170,16 @@ def pick_all(flag: str, names: list[str], known: Sequence[str], task_name: str) 
 
 def changed_options(args: argparse.Namespace, parser: argparse.ArgumentParser, names: Sequence[str]) -> str:
     """What was given otherwise than by default, for names of files: "_lr-0.001_margins-0.3-0.7", or nothing; of a
-    path its last two parts."""
+    path its last folder and name."""
+
+    def word(value: object) -> str:
+        if not isinstance(value, Path):
+            return str(value)
+        return "-".join([part for part in value.parts if part not in ("..", value.anchor)][-2:])
+
     changed = {name: getattr(args, name) for name in names if getattr(args, name) != parser.get_default(name)}
     lists = {name: value if isinstance(value, list) else [value] for name, value in changed.items()}
-    words = {
-        name: ["-".join(v.parts[-2:]) if isinstance(v, Path) else str(v) for v in values]
-        for name, values in lists.items()
-    }
-    return "".join(f"_{'-'.join([name, *values])}" for name, values in words.items())
+    return "".join(f"_{'-'.join([name, *map(word, values)])}" for name, values in lists.items())
 
 
 def counted(count: int, noun: str) -> str:

@@ -464,6 +464,7 @@ def test_names_of_results_say_what_was_changed():
     assert name("--anchor", 0.1, "--margins", 0.3, 0.7) == "t_p_m_seed1-2_margins-0.3-0.7_anchor-0.1.json"
     assert name("--precision", "fp32", "--lr", 0.1) == "t_p_m_seed1-2_lr-0.1_precision-fp32.json"
     assert name("--ood-dataset", "SVHN", "LSUN") == "t_p_m_seed1-2_ood_dataset-SVHN-LSUN.json"
+    assert name("--ood-dir", "/birds", "--ood-dir", "../fish") == "t_p_m_seed1-2_ood_dir-birds-fish.json"
     assert name("--ood-dir", "a/birds", "--ood-dir", "b/fish") == "t_p_m_seed1-2_ood_dir-a-birds-b-fish.json"
     assert name("--baselines") == "t_p_m_seed1-2_baselines.json"
     assert name("--baselines", "KNN", "ViM") == "t_p_m_seed1-2_baselines-KNN-ViM.json"
