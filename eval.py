@@ -61,13 +61,8 @@ METHOD = (
     "pseudo_pool",
     "precision",
 )
-NAMED = (
-    *METHOD,
-    "ood_dir",
-    "baselines",
-    "params_dict_name",
-    "params_dict_name2",
-)  # what the default name of the results tells
+# What the default name of the results tells.
+NAMED = (*METHOD, "ood_dir", "baselines", "params_dict_name", "params_dict_name2")
 NOT_JOINT = dict.fromkeys(
     ("pseudo_batch_size", "check_every", "anchor", "pseudo_pool", "save_detector"), ("tune", ("head", "last-layer"))
 )

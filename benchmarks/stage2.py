@@ -158,10 +158,11 @@ def compare_curves(work: Work, auto: str, seed: int) -> None:
         for precision in dict.fromkeys(("fp32", auto)):
             _, (curve,), _ = work.engine([mode], [seed], precision)
             figures[mode][f"auroc_difference_{precision}"] = largest_difference(plain, curve)
+    checks, columns = len(plain), list(figures[mode])  # the same for every mode
     counts = [f"{count:,} {name}" for name, count in work.data.counts().items() if count]
     rows = [[mode, *(f"{figure:.4g}" for figure in row.values())] for mode, row in figures.items()]
-    print(f"{', '.join(counts)}, {len(plain)} checks\n\n{markdown(['mode', *figures[mode]], rows)}")
-    print_json({"curves": figures, "checks": len(plain), "images": work.data.counts()} | environment(work.device))
+    print(f"{', '.join(counts)}, {checks} checks\n\n{markdown(['mode', *columns], rows)}")
+    print_json({"curves": figures, "checks": checks, "images": work.data.counts()} | environment(work.device))
 
 
 def largest_difference(a: list[float], b: list[float]) -> float:
