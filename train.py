@@ -113,6 +113,7 @@ def train(args: argparse.Namespace, processes) -> None:
 
     torch.manual_seed(derive_seed(args.seed, "initialisation", args.command))
     model = stage.build(task).to(device, memory_format=torch.channels_last)
+    stage.compact(model)
     reports = train_to_checkpoint(
         path,
         model,
@@ -122,10 +123,11 @@ def train(args: argparse.Namespace, processes) -> None:
         config=config,
         what=what,
         about=f"{args.command}: {task_name} {partition}",
-        copies=3,
+        moments=2,
         processes=processes,
         args=args,
         schedule=warmup_schedule(config, len(training_images)) if args.warmup else None,
+        finish=stage.expand,
     )
     if not reports:
         return

@@ -121,7 +121,7 @@ def train(args: argparse.Namespace, processes) -> None:
         config=config,
         what=what,
         about=f"{args.mode}: {data.name}",
-        copies=2,
+        moments=1,
         processes=processes,
         args=args,
         schedule=lambda progress: stage.schedule(progress, config.learning_rate, args.warmup, config.epochs),

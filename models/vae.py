@@ -29,22 +29,7 @@ class PlainEncoder(nn.Module):
         self.conv2 = nn.Conv2d(64, 128, 4, 2, padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return relu_of_padded(self.conv2, relu_of_padded(self.conv1, x))
-
-
-def relu_of_padded(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """relu(conv(x)) for a 4x4 convolution of stride 2, padded by 3 or by an even number more.
-
-    Outputs near the border see nothing but padding, so they are relu(bias) whatever the image: of the MNIST encoder's
-    outputs two thirds. They are written down instead of computed.
-    """
-    rim = (conv.padding[0] - 3) // 2
-    inner = F.relu(F.conv2d(x, conv.weight, conv.bias, conv.stride, padding=3))
-    height, width = (side + 2 * rim for side in inner.shape[-2:])
-    outputs = F.relu(conv.bias).to(inner.dtype)[:, None, None].expand(len(x), -1, height, width)
-    outputs = outputs.contiguous(memory_format=torch.channels_last)
-    outputs[:, :, rim : height - rim, rim : width - rim] = inner
-    return outputs
+        return F.relu(self.conv2(F.relu(self.conv1(x))))
 
 
 class PlainDecoder(nn.Module):

@@ -295,8 +295,14 @@ class RunState:
                     f"{path} holds a run in or after its epoch {begun}, but --epochs is {self.config.epochs}. "
                     f"Ask for {begun} epochs or more, or --restart to start over"
                 )
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+            try:
+                self.model.load_state_dict(saved["model"])
+                self.optimizer.load_state_dict(saved["optimizer"])
+            except (RuntimeError, ValueError):
+                raise UserError(
+                    f"{path} holds the state of a network in another form: of another version of this program. "
+                    "Finish it with that version, or start over with --restart"
+                ) from None
             device = self.processes.device
             self.step, self.history = saved["step"], saved["history"]
             self.losses = [loss.to(device) for loss in saved["losses"]]

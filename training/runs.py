@@ -89,10 +89,11 @@ def train_to_checkpoint(
     config,
     what: dict,
     about: str,
-    copies: int,
+    moments: int,
     processes,
     args: argparse.Namespace,
     schedule: Callable[[float], float] | None = None,
+    finish: Callable = lambda model: None,
 ) -> bool:
     """Train `model`, on its device already, from where an earlier run stopped, and write its state dict to `path`.
 
@@ -100,8 +101,9 @@ def train_to_checkpoint(
         data, objective, config, processes, schedule: of `training.loop.fit`.
         what: the run is, beside its configuration: recorded, and compared when it is resumed.
         about: the same in words, for the line that is printed first.
-        copies: a resumable state holds so many times the network's bytes: itself and the optimizer's moments.
+        moments: tensors that the optimizer keeps for each parameter, of its size.
         args: the options of `add_run_arguments`.
+        finish: makes of the trained model, in place, the network of the checkpoint.
 
     Returns:
         whether this process is the one that reports.
@@ -119,9 +121,8 @@ def train_to_checkpoint(
     resume = resume_path(path)
     if processes.is_main:
         remove_leftovers(path)
-    # An old state stays until the new one is complete.
-    room = copies * (1 if os.path.exists(resume) else 2) * sum(t.nbytes for t in model.state_dict().values())
-    check_writable(path, room)
+    state = sum(t.nbytes for t in model.state_dict().values()) + moments * sum(p.nbytes for p in model.parameters())
+    check_writable(path, state * (1 if os.path.exists(resume) else 2))  # an old one stays until the new one is complete
     check_outputs(path, resume, args.log)
     if processes.is_main:
         print(
@@ -138,6 +139,7 @@ def train_to_checkpoint(
         watch=tensorboard_writer(args.tensorboard if processes.is_main else None),
     )
     fit(model, optimizer, data.to(processes.device), objective, config, processes, recorder, args.compile, schedule)
+    finish(model)
     if processes.is_main:
         save_network(path, model, what | asdict(config) | {"torch": str(torch.__version__)})
         resume.unlink(missing_ok=True)
