@@ -80,10 +80,15 @@ def build_tiny(task: object = None) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(36, 11))
 
 
+def train(argv: list[str]) -> int:
+    """`python -m train`."""
+    return run_command(main, get_parser(), argv)
+
+
 def train_tiny(argv: list[str]) -> int:
     """`python -m train` with the tiny network as classifier."""
     STAGES["train_classifier"] = replace(STAGES["train_classifier"], build=build_tiny)
-    return run_command(main, get_parser(), argv)
+    return train(argv)
 
 
 def run_waiting_for_images(name: str, argv: list[str]) -> int:

@@ -192,22 +192,6 @@ def test_another_image_size_is_refused():
         PlainEncoder(1, 10)
 
 
-@pytest.mark.parametrize(("size", "channels"), [(4, 1), (8, 3), (12, 1), (28, 1)])
-def test_encoder_equals_its_layers_one_after_the_other(size, channels):
-    torch.manual_seed(size)
-    encoder = PlainEncoder(channels, size).double()
-    layers = torch.nn.Sequential(encoder.conv1, torch.nn.ReLU(), encoder.conv2, torch.nn.ReLU())
-    images = torch.rand(3, channels, size, size, dtype=torch.float64, requires_grad=True)
-    weights = torch.randn(3, 128, size, size, dtype=torch.float64)
-    leaves = [images, *encoder.parameters()]
-    found, expected = encoder(images), layers(images)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    assert 0 < (expected == 0).double().mean() < 1  # both sides of the ReLU
-    gradients = [torch.autograd.grad((outputs * weights).sum(), leaves) for outputs in (found, expected)]
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
-
-
 def test_latent_is_mean_plus_noise_times_standard_deviation(digits_cvae):
     images, labels, noise = torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 2]), torch.randn(3, 32)
     reconstruction, mean, logvar = digits_cvae(images, labels, noise)

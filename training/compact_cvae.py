@@ -68,7 +68,7 @@ class CompactEncoder(nn.Module):
         blank = F.relu(conv1.bias)  # what conv1 puts out where it sees padding only
         with torch.autocast(images.device.type, enabled=False):  # little work, where one rounding counts n times
             of_taps = (conv2.weight.flatten(2) * blank[:, None]).sum(1) @ self.taps
-            level, constants = (conv2.bias[:, None] + of_taps).tensor_split([int(outputs.live.sum())], dim=1)
+            level, constants = (conv2.bias[:, None] + of_taps).tensor_split([self.live.shape[1] // self.channels], 1)
             sums = self.mean + (self.counts - 1) * self.mean.detach()  # n * mean, with the gradient of one weight
             bias = self.bias + sums.flatten(1) @ F.relu(constants).flatten()
         x = F.relu(F.conv2d(images, conv1.weight, conv1.bias, conv1.stride, outputs.paddings[0]))
