@@ -5,6 +5,8 @@
 plain: a torchvision-style data set of PIL images, ToTensor, DataLoader, fp32 whatever --precision, ordinary Adam, and
 the layers of the networks one after the other.
 floor: forward, backward and optimizer step on one batch that is already there, in our precision.
+matmul_share: how fast our loop computes, of the rate of one large matrix product in the same precision.
+--compile adds our loop with the network compiled, --profile the shares of our loop's time that its parts take.
 The last line is a JSON object, one entry per network.
 """
 
@@ -14,6 +16,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from multiprocessing import get_context
 
 from utils import UserError, add_device_arguments, positive_int, run_command
@@ -23,6 +26,15 @@ NETWORKS = {
     "mnist_cvae": ("same_dataset_mnist", "train_cvae"),
     "cifar10_classifier": ("same_dataset_cifar10", "train_classifier"),
     "cifar10_cvae": ("same_dataset_cifar10", "train_cvae"),
+}
+
+# Where the time goes: the first whose word is in the name of an operation, or else of one that calls it.
+PROFILE = {
+    "products": ("conv", "mm", "linear", "mv"),
+    "batch_norm": ("batch_norm",),
+    "activations": ("relu", "clamp", "threshold", "sigmoid"),
+    "dropout": ("dropout",),
+    "optimizer": ("adam",),
 }
 
 
@@ -36,6 +48,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=positive_int, help="(default: 512, the method's; 64 with --quick)")
     parser.add_argument("--steps", type=positive_int, help="steps per round (default: 4, on a GPU 40; 2 with --quick)")
     parser.add_argument("--rounds", type=positive_int, help="rounds, of which the median counts (default: 3; 1)")
+    parser.add_argument("--compile", action="store_true", help="our loop with torch.compile, too")
+    parser.add_argument("--profile", action="store_true", help="what the time of our loop goes into")
     return parser
 
 
@@ -109,27 +123,35 @@ def measure(name: str, args: argparse.Namespace) -> dict:
     config = LoopConfig(epochs=1, batch_size=batch_size, learning_rate=1e-3, seed=0, precision=precision)
     resident = data.to(device)
 
-    def run_ours():
-        fit(ours, ours_optimizer, resident, objective, config, Processes(device), Recorder(name=name))
+    def run_ours(compiled: bool = False):
+        fit(ours, ours_optimizer, resident, objective, config, Processes(device), Recorder(name=name), compiled)
 
     run_ours()
     peak = peak_mib(device)  # before the others come
     run_plain = plain_loop(network(), data, command, task, batch_size, device)
     run_floor = floor_loop(ours, ours_optimizer, data, objective, batch_size, steps, device, precision)
-    times = in_turn({"ours": run_ours, "floor": run_floor, "plain": plainly(run_plain)}, rounds, device)
+    works = {"ours": run_ours, "floor": run_floor, "plain": plainly(run_plain)}
+    if args.compile:
+        works["compiled"] = partial(run_ours, compiled=True)
+    times = in_turn(works, rounds, device)
     rate = {who: count / taken for who, taken in times.items()}
     tflops = rate["ours"] * operations_per_image(ours, data, objective, device) / 1e12
+    at_best = matmul_tflops(device, torch.bfloat16 if precision == "bf16" else torch.float32)
     return {
         "images_per_second": round(rate["ours"], 1),
         "plain_images_per_second": round(rate["plain"], 1),
         "floor_images_per_second": round(rate["floor"], 1),
+        **({"compiled_images_per_second": round(rate["compiled"], 1)} if args.compile else {}),
         "ratio": round(rate["ours"] / rate["plain"], 2),
         "floor_share": round(rate["ours"] / rate["floor"], 3),
         "peak_mib": peak,
         "tflops": round(tflops, 3),
-        "matmul_tflops": round(matmul_tflops(device, torch.bfloat16 if precision == "bf16" else torch.float32), 3),
+        "matmul_tflops": round(at_best, 3),
+        "matmul_share": round(tflops / at_best, 3),
         "precision": precision,
-    } | environment(device)
+        **(shares_of_time(run_ours, device) if args.profile else {}),
+        **environment(device),
+    }
 
 
 def plain_loop(model, data, command: str, task, batch_size: int, device):
@@ -187,13 +209,30 @@ def floor_loop(model, optimizer, data, objective, batch_size: int, steps: int, d
     def run():
         model.train()
         for _ in range(steps):
+            optimizer.zero_grad(set_to_none=True)
             with autocast(device, precision):
                 loss = objective(model, images, labels, *draws)["loss"]
-            optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
 
     return run
+
+
+def shares_of_time(work: Callable[[], object], device) -> dict[str, float]:
+    """The share of each part in `PROFILE`, and of the rest, in the time of all operations of `work`."""
+    from torch.profiler import profile
+
+    time_of = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    times = dict.fromkeys((*PROFILE, "rest"), 0.0)
+    with profile() as profiler:
+        work()
+    for event in profiler.events():
+        part, caller = None, event
+        while caller and not part:
+            part = next((part for part, words in PROFILE.items() if any(w in caller.name.lower() for w in words)), None)
+            caller = caller.cpu_parent
+        times[part or "rest"] += getattr(event, time_of)
+    return {part: round(taken / sum(times.values()), 3) for part, taken in times.items()}
 
 
 def operations_per_image(model, data, objective, device) -> float:

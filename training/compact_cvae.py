@@ -83,13 +83,14 @@ class CompactEncoder(nn.Module):
         return self.initial.unflatten(1, (self.channels, -1)) @ kinds.T / kinds.sum(1)
 
     def linear(self) -> nn.Linear:
-        """The linear layer as the method has it, with the weights that training has come to."""
+        """The linear layer as the method has it, with the weights that training has come to: in the memory of the
+        initial ones, so that this is the end of the compact form."""
         change = self.mean.detach().cpu() - self.initial_mean()
-        weight = change @ self.outputs.kinds.to(change)
-        weight += self.initial.view_as(weight)
+        weight = self.initial.unflatten(1, (self.channels, -1))
+        weight.flatten(0, 1).addmm_(change.flatten(0, 1), self.outputs.kinds.to(change))
         weight[:, :, self.outputs.live] = self.live.detach().cpu().unflatten(1, (-1, self.channels)).transpose(1, 2)
         linear = nn.Linear(*reversed(self.initial.shape), device="meta")
-        linear.weight, linear.bias = nn.Parameter(weight.flatten(1).to(self.live.device)), self.bias
+        linear.weight, linear.bias = nn.Parameter(self.initial.to(self.live.device)), self.bias
         return linear
 
     def get_extra_state(self) -> Tensor:

@@ -137,6 +137,7 @@ def _run_epoch(network, optimizer, data, objective, config, processes, state, pr
         rows, weight = processes.share(torch.arange(start, stop_row, device=device))
         batch = data.at(order[rows])
         torch.manual_seed(derive_seed(config.seed, "dropout", epoch, step, processes.rank))
+        optimizer.zero_grad(set_to_none=True)  # before the forward pass, which needs the memory
         try:
             with autocast(device, config.precision):
                 means = objective(network, batch.images, batch.labels, *(d[rows] for d in draws))
@@ -149,7 +150,6 @@ def _run_epoch(network, optimizer, data, objective, config, processes, state, pr
         if schedule:
             for group in optimizer.param_groups:
                 group["lr"] = schedule(state.step / state.steps_per_epoch)
-        optimizer.zero_grad(set_to_none=True)
         (means["loss"] * weight).backward()
         optimizer.step()
         state.add({name: value.detach() * weight for name, value in means.items()}, stop_row - start)
