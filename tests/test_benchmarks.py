@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import csi, measure, stage2
 from benchmarks.measure import in_turn
-from benchmarks.stage1 import in_own_process
+from benchmarks.stage1 import PROFILE, in_own_process, shares_of_time
 from training.fine_tune import MODES
 from utils import Stopped, UserError, raise_stopped, run_command
 
@@ -88,6 +88,14 @@ def test_trained_networks_that_are_missing_are_named(tmp_path, monkeypatch, caps
     options = ["--trained", "partition2", "--data-dir", str(tmp_path), "--device", "cpu"]
     assert run_command(stage2.main, stage2.get_parser(), options) == 2
     assert "ckpt/same_dataset_mnist_partition2_classifier.pkl: no such file" in capsys.readouterr().err
+
+
+def test_shares_of_time_are_those_of_the_parts():
+    x = torch.randn(500, 500, requires_grad=True)
+    shares = shares_of_time(lambda: torch.nn.functional.dropout((x @ x).relu(), 0.2).sum().backward(), CPU)
+    assert list(shares) == [*PROFILE, "rest"] and sum(shares.values()) == pytest.approx(1, abs=0.01)
+    assert min(shares["products"], shares["activations"], shares["dropout"]) > 0
+    assert shares["batch_norm"] == shares["optimizer"] == 0
 
 
 def test_a_process_of_its_own_gives_its_result_or_its_end():
