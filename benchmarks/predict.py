@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
         write_pngs(folder, images.to(torch.uint8).numpy())
 
         def run_predict():
-            predictions = predict_files(detector, image_files([folder]), CHUNK[device.type], precision)
+            predictions = predict_files(detector, image_files([folder])[0], CHUNK[device.type], precision)
             write_csv(Path(name) / "predictions.csv", predictions)
 
         def run_floor():

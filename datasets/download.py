@@ -107,11 +107,11 @@ def check(names: list[str], data_dir: Path) -> set[str]:
     for name in names:
         for split, expected in SOURCES[name].counts.items():
             state, remark, count = "missing", f"python -m datasets.download {name} --data-dir {data_dir}", ""
-            if is_present(name, data_dir, split):
-                try:
+            try:
+                if is_present(name, data_dir, split):
                     count, state, remark = f"{verify(name, data_dir, split)['count']:,}", "complete", ""
-                except UserError as error:
-                    state, remark = "wrong", str(error)
+            except UserError as error:
+                state, remark = "wrong", str(error)
             states.add(state)
             print(
                 f"{name:<14}{split:<7}{count or f'{expected:,}':>7}  {state}{': ' * bool(remark)}{remark}", flush=True

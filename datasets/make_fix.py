@@ -94,7 +94,7 @@ def make_fix(name: str, recipe: Recipe, source: Path, data_dir: Path, seed: int)
     Raises:
         UserError: the source lacks classes or images, one cannot be decoded, or the folder exists.
     """
-    from datasets.folders import for_each, open_image, raise_first
+    from datasets.folders import decoded, for_each, in_mode, raise_all
     from datasets.obtain import write_record
 
     target, staging = data_dir / recipe.folder, data_dir / f".{recipe.folder}.making"
@@ -104,15 +104,17 @@ def make_fix(name: str, recipe: Recipe, source: Path, data_dir: Path, seed: int)
 
     def convert(index: int) -> str | None:
         try:
-            shrink(open_image(chosen[index], channels=3)).save(staging / f"correct_resize_{index}.png")
+            with decoded(chosen[index]) as image:
+                small = shrink(in_mode(image, channels=3))
         except UserError as error:
             return str(error)
+        small.save(staging / f"correct_resize_{index}.png")
         return None
 
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        raise_first(for_each(convert, len(chosen), f"making {name}"))
+        raise_all(for_each(convert, len(chosen), f"making {name}"))
         staging.replace(target)
     except OSError as error:
         raise UserError(

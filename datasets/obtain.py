@@ -48,7 +48,7 @@ def _is_there(download: Download, data_dir: Path, split: str) -> bool:
         return existing(target).is_file()
     if download.contents:
         return all((target / file).is_file() for file in download.contents[split])
-    return bool(list_images(target))
+    return target.is_dir() and bool(list_images(target))
 
 
 def read_source(name: str, data_dir: Path, split: str) -> Arrays:

@@ -11,6 +11,7 @@ user's own images, `--task custom`, is made from their folders:
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -212,6 +213,10 @@ def custom_task(ind_dir: Path, ood_dirs: Sequence[Path] = (), image_size: int = 
         raise UserError(
             f"--ind-dir {ind_dir}: the class {min(differing)} is in one of train and test only; expected it in both"
         )
+    for split in ("train", "test"):
+        same = first_twin([ind_dir / split / name for name in classes])
+        if same:
+            raise UserError(f"{same[0]} and {same[1]} are the same folder: a class needs one of its own; remove a link")
     name = ind_dir.resolve().name
     task = Task(
         dataset=name,
@@ -236,13 +241,35 @@ def custom_options(ind_dir: Path, image_size: int, image_channels: int) -> tuple
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
-    """The names of the folders in `folder`, sorted; hidden ones left out. Raises `UserError` if it is not there."""
+    """The names of the folders in `folder`, sorted; hidden ones left out.
+
+    Raises:
+        UserError: it is not there, or what may be a class cannot be read, such as a link that leads nowhere.
+    """
+    from datasets.folders import kind_of, unreadable
+
     try:
-        return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
+        paths = sorted(path for path in Path(folder).iterdir() if not path.name.startswith("."))
     except OSError as error:
         raise UserError(
             f"{folder}: {error.strerror or error}; expected a folder with one folder of images per class"
         ) from None
+    names = []
+    for path in paths:
+        try:
+            names += [path.name] if kind_of(path) == "folder" else []
+        except OSError as error:
+            raise UserError(unreadable(path, error)) from None
+    return tuple(names)
+
+
+def first_twin(folders: Sequence[Path]) -> tuple[Path, Path] | None:
+    """The first two that are one folder, by links, or None."""
+    seen: dict[str, Path] = {}
+    for folder in folders:
+        if (other := seen.setdefault(os.path.realpath(folder), folder)) != folder:
+            return other, folder
+    return None
 
 
 def with_ood_folders(task: Task, ood_dirs: Sequence[Path]) -> Task:

@@ -17,7 +17,7 @@ from PIL import Image
 import predict
 from benchmarks import predict as benchmark
 from datasets import folders
-from datasets.folders import decode_image, load_image, open_file, read_chunks
+from datasets.folders import decode_image, open_file, read_chunks
 from evaluation.detector import Detector, DetectorConfig, load_detector
 from evaluation.predictions import COLUMNS, format_predictions, predict_files, write_csv
 from models.main_model import MainModel
@@ -120,7 +120,7 @@ def test_what_cannot_be_decoded_is_a_complaint(tmp_path):
     reasons = [
         f"{paths[0]}: cannot be decoded (", f"{paths[1]}: cannot be decoded (no image). Replace or remove it",
         f"{paths[2]}: has pixels of mode F; expected 8 or 16 bits per channel. Convert or remove it",
-        f"{paths[3]}: cannot be decoded ([Errno 2] No such file",
+        f"{paths[3]}: cannot be decoded (No such file or directory)",
     ]  # fmt: skip
     assert all(found.startswith(reason) for found, reason in zip(chunk.complaints[:4], reasons, strict=True))
     assert chunk.complaints[4] is None and chunk.changed == [False] * 5
@@ -160,7 +160,7 @@ def test_a_small_file_that_claims_to_be_huge_is_refused(tmp_path):
     assert path.stat().st_size > folders.SMALL  # of bytes that could be decoded; the header is what counts
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match="could be decompression bomb DOS attack"):
-        load_image(path)
+        decode_image(path, 1, 8, resize=True)
 
 
 def test_small_files_are_decoded_by_one_thread_and_large_ones_by_several(tmp_path, monkeypatch):
@@ -252,6 +252,48 @@ def test_files_that_are_all_unreadable_are_all_named(tmp_path, detector_file, ca
     assert "2 images: 0 IND, 0 OOD, 2 unreadable; " in printed.out
 
 
+def test_a_closed_folder_is_left_out_by_name(images, detector_file, tmp_path, monkeypatch, capsys):
+    """And what is no plain file, likewise."""
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path) == images / "in":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    os.mkfifo(images / "pipe.png")
+    assert run("--detector", detector_file, images, "--csv", tmp_path / "out.csv") == 1
+    printed = capsys.readouterr()
+    complaints = [
+        f"{images}/in: cannot be read (Permission denied). Make it readable or remove it",
+        f"{images}/pipe.png: is no plain file but a pipe. Remove it",
+    ]
+    assert printed.err.splitlines() == [f"predict: {complaint}" for complaint in complaints]
+    assert "7 images: " in printed.out and ", 2 unreadable; " in printed.out
+    rows = read_csv(tmp_path / "out.csv")
+    assert [row["file"] for row in rows if not row["error"]] == [
+        str(images / name) for name in NAMES if "/" not in name
+    ]
+    assert [(row["file"], row["error"]) for row in rows[5:]] == [
+        (str(images / "in"), complaints[0]),
+        (str(images / "pipe.png"), complaints[1]),
+    ]
+    assert run("--detector", detector_file, images / "in") == 1
+    assert "1 image: 0 IND, 0 OOD, 1 unreadable; " in capsys.readouterr().out
+
+
+def test_photos_are_judged_upright(detector_file, tmp_path):
+    upright = Image.fromarray(np.random.default_rng(5).integers(0, 256, (8, 8), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.save(tmp_path / "a.png")
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "b.png", exif=exif)
+    detector = load_detector(detector_file, CPU)
+    first, second = predict_files(detector, [tmp_path / "a.png", tmp_path / "b.png"], 2, "fp32")
+    assert first[1:4] == second[1:4]
+
+
 def test_names_that_are_no_text_are_written_as_they_are_and_printed_escaped(images, detector_file, tmp_path):
     name = os.fsdecode(b"caf\xe9.png")
     os.rename(images / "z.png", images / name)
@@ -266,6 +308,7 @@ def test_names_that_are_no_text_are_written_as_they_are_and_printed_escaped(imag
     [
         (["nowhere"], "nowhere: no such file or folder; expected an image or a folder of images"),
         (["images", "nowhere"], "nowhere: no such file or folder"),
+        (["images", "pipe"], "pipe: is a pipe; expected an image or a folder of images"),
         (["empty"], "empty: no images there; expected a folder of images, in subfolders or not (.bmp .jpeg"),
         (["images", "--csv", "empty"], "cannot write empty: it is a folder; name a file"),
         (["images", "--detector", "nowhere.pt"], "nowhere.pt: no such file"),
@@ -278,6 +321,7 @@ def test_names_that_are_no_text_are_written_as_they_are_and_printed_escaped(imag
 def test_mistakes_are_one_line(images, detector_file, tmp_path, monkeypatch, capsys, argv, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     save_checkpoint(tmp_path / "other.pt", {"weight": torch.zeros(2)})
     (tmp_path / "cut.pt").write_bytes(detector_file.read_bytes()[:5000])
     assert run("--csv", "out.csv", "--detector", detector_file, *argv) == 2

@@ -224,7 +224,9 @@ def test_order_is_that_of_the_names(tmp_path):
 
 
 def test_folder_errors_name_the_file(tmp_path):
-    with pytest.raises(UserError, match="nowhere: no images there; expected a folder of images"):
+    with pytest.raises(
+        UserError, match=r"nowhere: cannot be read \(No such file or directory\)\. Make it readable or remove it$"
+    ):
         read_images(tmp_path / "nowhere", 3, 32)
     paths = write_folder(tmp_path, "a", 5)
     content = paths[2].read_bytes()
@@ -232,7 +234,9 @@ def test_folder_errors_name_the_file(tmp_path):
     with pytest.raises(UserError, match=r"image_00002\.png: cannot be decoded \(.*\)\. Replace or remove it$"):
         read_images(tmp_path / "a", 3, 32)
     paths[3].write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"image_00002\.png: .*\(and 1 more images\)$"):
+    with pytest.raises(
+        UserError, match=r"image_00002\.png: .*; [^;]*image_00003\.png: cannot be decoded \(no image\)[^;]*$"
+    ):
         read_images(tmp_path / "a", 3, 32)
     paths[2].write_bytes(content)
     with pytest.raises(UserError, match=r"image_00003\.png: cannot be decoded \(no image\)"):
@@ -250,7 +254,7 @@ def test_folder_errors_name_the_file(tmp_path):
 def test_a_link_that_leads_nowhere_is_named(tmp_path):
     write_folder(tmp_path, "a", 2)
     (tmp_path / "a" / "lost.png").symlink_to(tmp_path / "gone.png")
-    expected = r"a/lost\.png: cannot be read \(No such file or directory\)\. Replace or remove it$"
+    expected = r"a/lost\.png: cannot be read \(No such file or directory\)\. Make it readable or remove it$"
     with pytest.raises(UserError, match=expected):
         read_images(tmp_path / "a", 3, 32)
 
