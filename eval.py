@@ -38,6 +38,7 @@ from utils import (
     positive_int,
     run_command,
     seed_number,
+    short_name,
 )
 
 MODE_NAMES = ("CMG-energy", "CMG-softmax")
@@ -182,6 +183,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     from evaluation.report import format_ind_table, format_table
+    from evaluation.results import left_out
     from training.scored import save_scores
     from training.stage2 import make_detector, run_stage2
     from utils import write_json
@@ -198,17 +200,18 @@ def main(args: argparse.Namespace) -> None:
     results = run_stage2(
         inputs, config, setup.modes, setup.seeds, args.tune, score_pseudo=bool(args.save_scores), baselines=baselines
     )
-    print(f"\n{format_table(results['detection'])}\n\n{format_ind_table(results['ind'])}\n")
     about = describe("eval", args, setup, inputs) | {"config": asdict(config) | {"tune": args.tune}}
-    write_json(output, about | {key: results[key] for key in ("detection", "ind", "runs")})
-    print(f"wrote {output}")
+    write_json(output, about | {key: results[key] for key in ("detection", "ind", "runs", "left_out")})
+    written = [str(output)]
     if args.save_scores:
         save_scores(args.save_scores, results["scores"])
-        print(f"wrote {args.save_scores}")
+        written.append(str(args.save_scores))
     if args.save_detector:
         detector = make_detector(inputs, results["tuned"][0], args.tune, config)
         detector.save(args.save_detector, about)
-        print(f"wrote {args.save_detector}: {detector.config.rule()}")
+        written.append(f"{args.save_detector}: {detector.config.rule()}")
+    print(f"\n{format_table(results['detection'], left_out([results]))}\n\n{format_ind_table(results['ind'])}\n")
+    print("\n".join(f"wrote {one}" for one in written))
 
 
 @dataclass(frozen=True)
@@ -303,8 +306,10 @@ def describe(module: str, args: argparse.Namespace, setup: Setup, inputs) -> dic
 
 
 def default_output(task_name: str, partition: str, modes: list[str], seeds: list[int], changed: str) -> Path:
-    """results/TASK_PARTITION_MODES_seedSEEDS.json, with what was changed of the method before the dot."""
-    return Path("results") / f"{task_name}_{partition}_{'+'.join(modes)}_seed{'-'.join(map(str, seeds))}{changed}.json"
+    """results/TASK_PARTITION_MODES_seedSEEDS.json, with what was changed of the method before the dot; a long one
+    ends in a hash, and the file itself tells the options."""
+    name = f"{task_name}_{partition}_{'+'.join(modes)}_seed{'-'.join(map(str, seeds))}{changed}"
+    return Path("results") / f"{short_name(name)}.json"
 
 
 if __name__ == "__main__":

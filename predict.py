@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils import UserError, add_device_arguments, check_outputs, counted, positive_int, run_command
+from utils import UserError, add_device_arguments, check_outputs, counted, positive_int, printable, run_command
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -51,11 +51,12 @@ def main(args: argparse.Namespace) -> int:
     predictions += [Prediction(str(path), error=complaint) for path, complaint in complaints.items()]
     progress.close()
 
-    errors = [prediction.error for prediction in predictions if prediction.error]
-    for error in errors:
-        print(f"predict: {error}", file=sys.stderr)
     if args.csv:
         write_csv(args.csv, predictions)
+    errors = [prediction.error for prediction in predictions if prediction.error]
+    for error in errors:
+        print(f"predict: {printable(error)}", file=sys.stderr)
+    if args.csv:
         print(f"wrote {args.csv}")
     else:
         print(f"{format_predictions(predictions)}\n")

@@ -32,6 +32,7 @@ from utils import (
     pick_device,
     positive_int,
     run_command,
+    short_name,
 )
 
 ABLATION_SEEDS = ("1", "2", "3")
@@ -160,7 +161,7 @@ def make_jobs(args: argparse.Namespace) -> tuple[str, list[Job]]:
     partitions = pick_all("--partitions", args.partitions, list(task.partitions), task_name)
     modes = pick_all("--modes", args.modes, eval.MODE_NAMES, task_name)
     ood_names = pick_all("--ood-dataset", args.ood_dataset, task.ood_datasets, task_name)
-    root = args.output or Path("results") / task_name
+    root = args.output or Path("results") / short_name(task_name)
     which = [*(task.options or ("--task", task_name))]
     which += [word for ood_dir in args.ood_dir for word in ("--ood-dir", str(ood_dir))]
     which += ["--precision", args.precision] if args.precision != "auto" else []

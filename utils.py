@@ -14,11 +14,13 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -63,19 +65,28 @@ def run_command(main: Callable, parser: argparse.ArgumentParser, argv: list[str]
 
     A command with --device computes: for it the processor is tuned first.
 
-    Returns the exit status: what `main` returns, or 0; 2 for a `UserError` (as argparse's own), 128 + n when stopped
-    by signal n.
+    Returns the exit status: what `main` returns, or 0; 2 for a `UserError` (as argparse's own) and where memory ran
+    out, 128 + n when stopped by signal n.
     """
+    for stream in (sys.stdout, sys.stderr):  # no character that a terminal lacks is worth losing a result
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     parser.error = partial(_refuse, parser)
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        with handling(raise_stopped):
+        with handling(raise_stopped), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of an image file is said by us
             if hasattr(args, "device"):
                 tune_processor()
             return main(args) or 0
     except UserError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        print(f"{parser.prog}: error: {printable(str(error))}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if (shortage := memory_shortage(error)) is None:
+            raise
+        print(f"{parser.prog}: error: {shortage}; {less_memory(parser)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # whoever read the output has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -84,7 +95,7 @@ def run_command(main: Callable, parser: argparse.ArgumentParser, argv: list[str]
         if error.errno is None:
             raise
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        print(f"{parser.prog}: error: {what}", file=sys.stderr)
+        print(f"{parser.prog}: error: {printable(str(what))}", file=sys.stderr)
         return 2
     except Stopped as stop:
         print(f"{parser.prog}: {stop}", file=sys.stderr)
@@ -93,7 +104,99 @@ def run_command(main: Callable, parser: argparse.ArgumentParser, argv: list[str]
 
 def _refuse(parser: argparse.ArgumentParser, message: str) -> None:
     """argparse's own `error` without the usage, which would hide the message behind twenty lines."""
-    parser.exit(2, f"{parser.prog}: error: {message}; --help lists the options\n")
+    parser.exit(2, f"{parser.prog}: error: {printable(message)}; --help lists the options\n")
+
+
+def printable(text: str) -> str:
+    """Text in one line that a terminal can show: control characters, and bytes of a name that are no UTF-8, become
+    \\x…"""
+
+    def shown(letter: str) -> str:
+        if "\udc80" <= letter <= "\udcff":  # as Python holds such a byte
+            return f"\\x{ord(letter) & 0xFF:02x}"
+        return letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+
+    return "".join(map(shown, text))
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+def memory_shortage(error: Exception) -> str | None:
+    """What ran out, if that is what an error says."""
+    text = str(error)
+    words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+    if not isinstance(error, MemoryError) and not any(word in text for word in words):
+        return None
+    if isinstance(error, MemoryShortage):
+        return text
+    amount = re.search(r"allocate ([\d.]+ \w+)", text)
+    where = "memory of the GPU" if "CUDA" in text or "CUBLAS" in text else "memory"
+    return f"not enough {where}" + (f": {amount[1]} more could not be had" if amount else "")
+
+
+def less_memory(parser: argparse.ArgumentParser) -> str:
+    """What to do about a shortage of memory: the options of a command that decide how much it takes."""
+    hungry = ("pseudo_pool", "pseudo_batch_size", "batch_size", "width", "image_size", "seeds")
+    names = {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
+    options = [names[dest] for dest in hungry if dest in names]
+    return f"lower {' or '.join(options)}" if options else "end other programs, or take a machine with more"
+
+
+class MemoryShortage(MemoryError):
+    """Found out before it happened; the message says what would have needed how much."""
+
+
+def check_memory(needed: int, device, what: str) -> None:
+    """Find out before `needed` bytes are filled, as `what`, whether they are there.
+
+    A system that promises more memory than it has does not refuse: it ends the process, or others.
+
+    Raises:
+        MemoryShortage: they are not, as far as the system tells.
+    """
+    if needed < 2**28:  # not worth asking
+        return
+    free = free_memory(device)
+    if free is not None and needed > free:
+        raise MemoryShortage(
+            f"not enough memory: {what} would take {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free"
+        )
+
+
+def free_memory(device) -> int | None:
+    """Bytes that tensors may still take on a device, or None where the system does not tell."""
+    if device.type == "cuda":
+        import torch
+
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, IndexError, StopIteration):
+        return None
+    try:  # of a container
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used)
+    except (OSError, ValueError):  # there is none, or "max"
+        pass
+    return free + kept_memory()
+
+
+def kept_memory() -> int:
+    """Bytes that were freed and that the C library keeps for what comes next, see `keep_freed_memory`."""
+
+    class Info(ctypes.Structure):  # as malloc.h has it
+        names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+        _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+    try:
+        mallinfo = ctypes.CDLL(None).mallinfo2
+    except (AttributeError, OSError, TypeError):
+        return 0
+    mallinfo.restype = Info
+    return mallinfo().fordblks
 
 
 # --- arguments ----------------------------------------------------------------------------------
@@ -117,8 +220,8 @@ def number(
                 f"{text!r} is not a {'whole number' if kind is int else 'number'}"
             ) from None
         if not (math.isfinite(value) and above < value < below and least <= value <= most):
-            bounds = [f"above {above:g}"] * (above > -math.inf) + [f"at least {least:g}"] * (least > -math.inf)
-            bounds += [f"below {below:g}"] * (below < math.inf) + [f"at most {most:g}"] * (most < math.inf)
+            bounds = [f"above {above:,.10g}"] * (above > -math.inf) + [f"at least {least:,.10g}"] * (least > -math.inf)
+            bounds += [f"below {below:,.10g}"] * (below < math.inf) + [f"at most {most:,.10g}"] * (most < math.inf)
             raise argparse.ArgumentTypeError(
                 f"{text} is out of range: expected {' and '.join(bounds) or 'a finite number'}"
             )
@@ -127,7 +230,8 @@ def number(
     return parse
 
 
-positive_int = number(int, above=0)
+MOST = 2**31 - 1  # of what is counted: beyond it lies what a program in C takes
+positive_int = number(int, above=0, most=MOST)
 positive_float = number(float, above=0)
 seed_number = number(int, least=0)
 
@@ -180,6 +284,16 @@ def changed_options(args: argparse.Namespace, parser: argparse.ArgumentParser, n
     changed = {name: getattr(args, name) for name in names if getattr(args, name) != parser.get_default(name)}
     lists = {name: value if isinstance(value, list) else [value] for name, value in changed.items()}
     return "".join(f"_{'-'.join([name, *map(word, values)])}" for name, values in lists.items())
+
+
+def short_name(name: str, most: int = 120) -> str:
+    """A name for a file; of one that is longer than `most` bytes its beginning and a hash of the whole: file systems
+    take no names of any length, and what is temporary gets a few letters more."""
+    content = os.fsencode(name)
+    if len(content) <= most:
+        return name
+    digest = hashlib.sha256(content).hexdigest()[:10]
+    return f"{content[: most - len(digest) - 1].decode('utf-8', 'ignore')}_{digest}"
 
 
 def counted(count: int, noun: str) -> str:
@@ -448,10 +562,63 @@ def check_outputs(*outputs: Path | None, inputs: Iterable[Path] = ()) -> None:
         check_writable(path)
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write `content` as indented JSON, whole or not at all."""
+def write_text(path: Path, text: str) -> None:
+    """Write text as UTF-8, whole or not at all; what of a name is no UTF-8 as it is."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write `content` as indented JSON, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written; a number in it is not finite, which no JSON can hold.
+    """
+    try:
+        text = json.dumps(content, indent=1, allow_nan=False)
+    except ValueError:
+        raise UserError(
+            f"cannot write {path}: a figure in it is not a finite number, so something before it failed"
+        ) from None
+    write_text(path, text + "\n")
+
+
+def read_json(path: Path, shape: object, what: str) -> dict:
+    """A JSON file of ours.
+
+    Args:
+        shape: that the content must have, see `fits`.
+        what: it should be, for the message: "a result that python -m eval wrote".
+
+    Raises:
+        UserError: the file is missing or is something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected {what}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: is no JSON or is damaged; expected {what}") from None
+    if not fits(content, shape):
+        raise UserError(f"{path}: holds something else; expected {what}")
+    return content
+
+
+def fits(value: object, shape: object) -> bool:
+    """Whether a value read back has a shape: a type, where float takes any finite number; [shape] for a list of any
+    length; a dict of the keys that it must have at least."""
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(key in value and fits(value[key], part) for key, part in shape.items())
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(part, shape[0]) for part in value)
+    if shape is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, shape)
+
+
+def resume_path(path: Path) -> Path:
+    """Where the resumable state of a run is that will write `path`."""
+    return path.parent / f"{path.name}.resume"
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -472,11 +639,13 @@ def load_checkpoint(path: Path, remedy: str = "Make it again or fetch it again")
         remedy: what to do about a file that is not what it should be.
 
     Raises:
-        UserError: the file is missing, unreadable, not a checkpoint, or holds objects that could run code.
+        UserError: the file is missing, unreadable, not a checkpoint, or holds objects that could run code; numbers of
+            numpy cannot.
     """
     import pickle
 
     import torch
+    from torch.serialization import safe_globals
 
     path, expected = Path(path), "expected a dict of tensors written by torch.save"
     try:
@@ -486,11 +655,17 @@ def load_checkpoint(path: Path, remedy: str = "Make it again or fetch it again")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); expected a file you may read") from None
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with safe_globals(numpy_values()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         harmful = "GLOBAL" in str(error) or "instantiate" in str(error) or "reduce" in str(error).lower()
-        reason = "holds objects that could run code" if harmful else "is no checkpoint or is damaged"
-        raise UserError(f"{path}: {reason}; {expected}. {remedy}") from None
+        if not harmful:
+            raise UserError(f"{path}: is no checkpoint or is damaged; {expected}. {remedy}") from None
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise UserError(
+            f"{path}: holds {found[1] if found else 'objects'}, which could run code; {expected}. Where you trust it, "
+            "load it and save its weights alone: torch.save(network.state_dict(), FILE)"
+        ) from None
     except (
         RuntimeError,
         EOFError,
@@ -506,3 +681,30 @@ def load_checkpoint(path: Path, remedy: str = "Make it again or fetch it again")
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}; {expected}. {remedy}")
     return content
+
+
+def numpy_values() -> list:
+    """What a pickle of numpy's numbers and arrays refers to, for `safe_globals`, under the old and new names of it."""
+    import numpy as np
+
+    core = getattr(np, "_core", None) or np.core
+    made = [
+        (getattr(core.multiarray, name), f"{package}.multiarray.{name}")
+        for package in ("numpy.core", "numpy._core")
+        for name in ("scalar", "_reconstruct")
+    ]
+    kinds = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?U"}
+    return [*made, np.ndarray, np.dtype, *kinds]
+
+
+def check_finite(path: Path, values: dict, remedy: str) -> None:
+    """Raise `UserError` naming the first of the tensors or numbers read from `path` that is not finite throughout."""
+    import torch
+
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor):
+            bad = int((~value.isfinite()).sum()) if value.is_floating_point() else 0
+            if bad:
+                raise UserError(f"{path}: {bad:,} of the {value.numel():,} values of {name} are not finite. {remedy}")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{path}: {name} is {value}, expected a finite number. {remedy}")

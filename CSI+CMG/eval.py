@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from csi.options import add_csi_arguments, data_from_arguments, default_checkpoint, root
-from utils import changed_options, check_outputs, pick_all, run_command
+from utils import changed_options, check_outputs, pick_all, run_command, short_name
 
 # mode -> (which rows, which view)
 MODES = {
@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
         names = pick_all("--ood-dataset", args.ood_dataset, data.task.ood_datasets, data.name)
     path = args.load_path or default_checkpoint(data, "sup_CSI_linear")
     changed = changed_options(args, get_parser(), RESULT)
-    output = args.output or root() / "results" / f"csi_{data.name}_eval{changed}.json"
+    output = args.output or root() / "results" / f"{short_name(f'csi_{data.name}_eval{changed}')}.json"
     check_outputs(output, inputs=[path])
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
@@ -69,8 +69,6 @@ def main(args: argparse.Namespace) -> None:
         found = csi_rows(view, model, test, ood, data.classes, precision)
         for rows in results:
             results[rows] += found[rows] if (rows, view) in chosen else []
-    tables = {"ind": format_ind_table, "detection": format_table}
-    print("\n\n".join(table(results[rows]) for rows, table in tables.items() if results[rows]))
     write_json(
         output,
         {
@@ -83,6 +81,8 @@ def main(args: argparse.Namespace) -> None:
         }
         | results,
     )
+    tables = {"ind": format_ind_table, "detection": format_table}
+    print("\n\n".join(table(results[rows]) for rows, table in tables.items() if results[rows]))
     print(f"\nwrote {output}")
 
 

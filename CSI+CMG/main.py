@@ -26,6 +26,7 @@ from utils import (
     positive_int,
     run_command,
     seed_number,
+    short_name,
 )
 
 METHOD = (
@@ -85,7 +86,8 @@ def main(args: argparse.Namespace) -> None:
     csi_path = args.params_dict_name or default_checkpoint(data, "sup_CSI_linear")
     cvae_path = args.params_dict_name2 or root() / tasks.default_checkpoint(data.task_name, partition, "train_cvae")
     changed = changed_options(args, get_parser(), METHOD)
-    output = args.output or root() / "results" / f"csi_cmg_{data.name}_seed{'-'.join(map(str, seeds))}{changed}.json"
+    name = short_name(f"csi_cmg_{data.name}_seed{'-'.join(map(str, seeds))}{changed}")
+    output = args.output or root() / "results" / f"{name}.json"
     check_outputs(output, inputs=[csi_path, cvae_path])
     device = pick_device(args.device)
     given = {"batch_size": args.batch_size, "learning_rate": args.lr}
@@ -110,7 +112,6 @@ def main(args: argparse.Namespace) -> None:
         flush=True,
     )
     results = before_and_after(network, cvae, images, config, seeds, args.train_bn1)
-    print(f"\n{format_table(results['detection'])}\n\n{format_ind_table(results['ind'])}\n")
     about = {
         "command": shlex.join(["python", "-m", "main", *args.argv]),
         "dataset": data.name,
@@ -125,6 +126,7 @@ def main(args: argparse.Namespace) -> None:
         "environment": environment(device),
     }
     write_json(output, about | {key: results[key] for key in ("detection", "ind", "runs")})
+    print(f"\n{format_table(results['detection'])}\n\n{format_ind_table(results['ind'])}\n")
     print(f"wrote {output}")
 
 

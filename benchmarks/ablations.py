@@ -20,7 +20,7 @@ from pathlib import Path
 
 import eval
 from training.options import option, parse_options, split_options
-from utils import UserError, check_outputs, run_command
+from utils import UserError, check_outputs, run_command, short_name
 
 VARIANTS = (
     "",
@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
     from utils import write_json
 
     setup, configs = read_arguments(args)
-    output = args.output or Path("results") / f"ablations_{setup.task_name}_{setup.partition}.json"
+    output = args.output or Path("results") / f"{short_name(f'ablations_{setup.task_name}_{setup.partition}')}.json"
     check_outputs(output, inputs=setup.paths.values())
     inputs = eval.load(args, setup)
     results = ablate(setup, inputs, configs)

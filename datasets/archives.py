@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlencode, urljoin, urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import Request, getproxies, proxy_bypass, urlopen
 
 from utils import Progress, UserError
 
@@ -120,9 +120,21 @@ def _open(address: str, have: int) -> HTTPResponse | None:
             return None
         return _open(address, 0)
     except URLError as error:
-        raise FetchError(f"{urlsplit(address).hostname} cannot be reached: {error.reason}") from None
+        host, proxy = urlsplit(address).hostname, proxy_of(address)
+        through = f" through the proxy {proxy} of the environment" if proxy else ""
+        raise FetchError(f"{host} cannot be reached{through}: {error.reason}") from None
     except (OSError, HTTPException, ValueError) as error:
         raise FetchError(f"{address} cannot be fetched: {error or type(error).__name__}") from None
+
+
+def proxy_of(address: str) -> str | None:
+    """The proxy by which the environment has an address fetched, without its password, or None."""
+    parts = urlsplit(address)
+    if proxy_bypass(parts.netloc):
+        return None
+    proxies = getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    return proxy and proxy.rpartition("@")[2]
 
 
 def _read(response: HTTPResponse, address: str) -> bytes:

@@ -68,7 +68,8 @@ def _read_cifar_batch(path: Path, label_key: bytes) -> Arrays:
     try:
         with open(path, "rb") as file:
             batch = ArrayUnpickler(file, encoding="bytes").load()
-        images, labels = np.asarray(batch[b"data"], np.uint8).reshape(-1, 3, 32, 32), np.asarray(batch[label_key])
+        images = np.asarray(batch[b"data"], np.uint8).reshape(-1, 3, 32, 32)
+        labels = whole_numbers(batch[label_key])
     except (
         pickle.UnpicklingError,
         EOFError,
@@ -107,7 +108,8 @@ def read_svhn(data_dir: Path, split: str) -> Arrays:
     path = data_dir / f"{split}_32x32.mat"
     try:
         content = loadmat(path)
-        images, labels = content["X"].transpose(3, 2, 0, 1), content["y"].reshape(-1) % 10
+        images, labels = content["X"].transpose(3, 2, 0, 1), whole_numbers(content["y"].reshape(-1))
+        labels = np.where(labels == 10, 0, labels)
     except (
         MatReadError,
         ValueError,
@@ -128,6 +130,15 @@ def read_flat_folder(folder: str, data_dir: Path, split: str) -> Arrays:
     """The 32x32 colour images below `folder`, at any depth, in the order of their names; all labels are 0."""
     images, names = read_images(data_dir / folder, channels=3, size=32)
     return images, np.zeros(len(names), np.int64)
+
+
+def whole_numbers(values: object) -> np.ndarray:
+    """Labels as int64 [N]. Raises `ValueError` for what is no whole number."""
+    numbers = np.asarray(values)
+    labels = numbers.astype(np.int64)
+    if labels.ndim != 1 or not (labels == numbers).all():
+        raise ValueError("its labels are no whole numbers")
+    return labels
 
 
 def as_many(path: Path, images: np.ndarray, labels: np.ndarray) -> Arrays:

@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
+
 from datasets.archives import FetchError, digest, fetch, inner_folder, unpack
 from datasets.folders import IMAGE_SUFFIXES, forget_packed, list_images
 from datasets.formats import Arrays, existing
@@ -62,12 +64,22 @@ def read_source(name: str, data_dir: Path, split: str) -> Arrays:
         print(f"{name} is not in {data_dir}: fetching it", flush=True)
         obtain(name, data_dir, (split,))
     images, labels = source.read(data_dir, split)
+    check_labels(name, data_dir, labels)
     if len(images) != source.counts[split]:
         print(
             f"note: {name} in {data_dir} has {len(images):,} {split} images; {source.counts[split]:,} are published",
             flush=True,
         )
     return images, labels
+
+
+def check_labels(name: str, data_dir: Path, labels: np.ndarray) -> None:
+    """Raise `UserError` where labels [N] of a data set do not fit its classes."""
+    classes = SOURCES[name].classes
+    if labels.min() < 0 or labels.max() >= classes:
+        raise UserError(
+            f"{name} in {data_dir}: labels {labels.min()} to {labels.max()}, expected 0 to {classes - 1}. {REPLACE}"
+        )
 
 
 def verify(name: str, data_dir: Path, split: str) -> dict:
@@ -95,10 +107,7 @@ def verify(name: str, data_dir: Path, split: str) -> dict:
         raise UserError(
             f"{where}: images are {list(images.shape[1:])}, expected {list(source.shape)} (channels, height, width)"
         )
-    if labels.min() < 0 or labels.max() >= source.classes:
-        raise UserError(
-            f"{where}: labels {labels.min()} to {labels.max()}, expected 0 to {source.classes - 1}. {REPLACE}"
-        )
+    check_labels(name, data_dir, labels)
     figures = {"count": len(images), "sha256": hashlib.sha256(images).hexdigest()}
     recorded = read_record(name, data_dir).get("splits", {}).get(split, figures)
     if recorded != figures:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from utils import UserError
+from utils import UserError, printable, short_name
 
 HELD_OUT = "held-out-classes"  # the OOD set of Setting 1: the test images of the classes that are not IND
 IND_TEST, PSEUDO = "IND test", "pseudo-OOD"  # image sets of every task, beside the OOD sets
@@ -188,7 +188,7 @@ def find_partition(task_name: str, task: Task, partition: str | None) -> str:
 
 def default_checkpoint(task_name: str, partition: str, command: str) -> Path:
     """Where a training command writes when it isn't told: ckpt/TASK_PARTITION_NETWORK.pkl."""
-    return Path("ckpt") / f"{task_name}_{partition}_{COMMANDS[command]}.pkl"
+    return Path("ckpt") / f"{short_name(f'{task_name}_{partition}_{COMMANDS[command]}')}.pkl"
 
 
 # --- the user's own images ----------------------------------------------------------------------
@@ -217,7 +217,7 @@ def custom_task(ind_dir: Path, ood_dirs: Sequence[Path] = (), image_size: int = 
         same = first_twin([ind_dir / split / name for name in classes])
         if same:
             raise UserError(f"{same[0]} and {same[1]} are the same folder: a class needs one of its own; remove a link")
-    name = ind_dir.resolve().name
+    name = printable(ind_dir.resolve().name)
     task = Task(
         dataset=name,
         partitions={"all": tuple(range(len(classes)))},
@@ -280,7 +280,7 @@ def with_ood_folders(task: Task, ood_dirs: Sequence[Path]) -> Task:
     """
     folders = dict(task.folders)
     for folder in map(Path, ood_dirs):
-        name = folder.resolve().name
+        name = printable(folder.resolve().name)
         if not folder.is_dir():
             raise UserError(f"--ood-dir {folder}: no such folder; expected a folder of images")
         if name in RESERVED:

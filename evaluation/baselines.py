@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
-from utils import Progress, UserError
+from utils import Progress, memory_shortage
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +118,7 @@ def baseline_scores(
     num_ind: int,
     precision: str,
     names: Sequence[str] = tuple(POST_HOC),
-) -> dict[str, dict[str, Tensor]]:
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
     """OOD scores of the detectors called `names`, a larger score meaning more likely OOD.
 
     Args:
@@ -128,10 +128,8 @@ def baseline_scores(
         precision: "fp32" or "bf16", of the extractor.
 
     Returns:
-        detector -> set -> scores [M] on the CPU.
-
-    Raises:
-        UserError: a detector fails, or gives scores that are no numbers.
+        detector -> set -> scores [M] on the CPU; and each detector that is left out, since it fails on this classifier
+        and these images or gives scores that are no numbers -> the reason.
     """
     import torch
 
@@ -139,20 +137,18 @@ def baseline_scores(
         fitted_on = penultimate(model, train.images, precision)
         features = {name: penultimate(model, part, precision) for name, part in images.items()}
         progress = Progress(len(names) * sum(map(len, images.values())), "baselines")
-        scores = {}
+        scores, left_out = {}, {}
         for name in names:
             baseline = POST_HOC[name]
             parts = parts_of(model, None if baseline.all_outputs else num_ind)
             inputs = images if baseline.reads == "images" else features
             try:
                 scores[name] = fit_and_score(baseline, parts, fitted_on, train.labels.cpu(), inputs, progress)
-            except (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError) as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                others = " ".join(other for other in names if other != name)
-                remedy = f"leave it out: --baselines {others}" if others else "leave --baselines out"
-                raise UserError(f"{name} fails on this classifier and these images ({reason}); {remedy}") from None
+            except (ArithmeticError, AssertionError, LookupError, MemoryError, RuntimeError, ValueError) as error:
+                reason = memory_shortage(error) or (str(error).splitlines() or [type(error).__name__])[0]
+                left_out[name] = reason.rstrip(". ")
         progress.close()
-    return scores
+    return scores, left_out
 
 
 def penultimate(model: MainModel, images: Tensor, precision: str) -> Tensor:

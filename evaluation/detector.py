@@ -11,7 +11,7 @@ from torch import Tensor
 from evaluation.scores import SCORES
 from models.inference import for_inference
 from models.main_model import MainModel
-from utils import UserError, load_checkpoint, save_checkpoint
+from utils import UserError, check_finite, load_checkpoint, save_checkpoint
 
 ACCEPTED = 0.95  # share of IND images below the threshold: 95 % TPR with IND as the positive class
 
@@ -95,13 +95,15 @@ def load_detector(path: Path, device: torch.device) -> Detector:
     Raises:
         UserError: the file is missing, damaged or something else.
     """
-    content = load_checkpoint(path)
+    content, remedy = load_checkpoint(path), "make one with: python -m eval --mode MODE --save-detector FILE"
     try:
         config = DetectorConfig(**content["detector"])
         model = MainModel(config.image_size, config.image_channels, config.logits, config.networks)
         model.load_state_dict(content["model"])
-    except (KeyError, TypeError, RuntimeError):
-        raise UserError(
-            f"{path}: is no detector; make one with: python -m eval --mode MODE --save-detector FILE"
-        ) from None
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError):
+        raise UserError(f"{path}: is no detector; {remedy}") from None
+    known = isinstance(config.classes, tuple | list) and config.score in SCORES and isinstance(config.threshold, float)
+    if not known or not 0 < len(config.classes) <= config.logits:
+        raise UserError(f"{path}: its classes, score and threshold do not go with its network; {remedy}")
+    check_finite(path, content["model"] | {"the threshold": config.threshold}, remedy.capitalize())
     return Detector(model.to(device, memory_format=torch.channels_last), config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from datasets.datasetsHelper import to_float
 from datasets.folders import Chunk, read_chunks
 from evaluation.detector import Detector
 from evaluation.report import align
-from utils import Progress, autocast, replacing
+from utils import Progress, autocast, printable, replacing
 
 VERDICTS = ("IND", "OOD")
 DECODED = 2048  # images at once: a processor that turns from decoding to the network and back loses time
@@ -72,6 +73,9 @@ def _judge(detector: Detector, chunk: Chunk, count: int) -> Iterator[Prediction]
             yield Prediction(str(path), error=complaint)
             continue
         score, number = next(judged)
+        if not math.isfinite(score):  # neither above the threshold nor below
+            yield Prediction(str(path), error=f"{path}: its score is {score}, no finite number: there is no verdict")
+            continue
         yield Prediction(str(path), config.classes[number], score, VERDICTS[score > config.threshold], None, changed)
 
 
@@ -89,14 +93,9 @@ def write_csv(path: Path, predictions: Sequence[Prediction]) -> None:
 def format_predictions(predictions: Sequence[Prediction]) -> str:
     """The same without the errors, as a table with aligned columns."""
     lines = [
-        [_printable(p.file), str(p.label), f"{p.score:.6g}", p.verdict]
+        [printable(p.file), printable(str(p.label)), f"{p.score:.6g}", p.verdict]
         if p.error is None
-        else [_printable(p.file), "-", "-", "unreadable"]
+        else [printable(p.file), "-", "-", "unreadable"]
         for p in predictions
     ]
     return align([list(COLUMNS[:4]), *lines])
-
-
-def _printable(name: str) -> str:
-    """A file's name as a terminal can show it: bytes that are no UTF-8 become \\x…"""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

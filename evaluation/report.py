@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -96,14 +96,16 @@ NOTES = {
 }
 
 
-def format_table(rows: list[dict]) -> str:
-    """Detection rows as text in per cent, seeds merged into mean ± standard deviation."""
+def format_table(rows: list[dict], left_out: Mapping[str, str] | None = None) -> str:
+    """Detection rows as text in per cent, seeds merged into mean ± standard deviation, and under them the detectors
+    that are left out, with the reasons."""
     keys = ("ood_dataset", "method", "at")
     table = cells(summarise(rows, keys, FIGURES), keys, FIGURES)
     used = {row["at"] for row in rows}
     notes = [f"{at}: {note}." for at, note in NOTES.items() if at in used]
     return "\n".join(
         [align([["OOD set", "method", "step", *FIGURES.values()], *table]), "", f"{POSITIVE_CLASS}.", *notes]
+        + [f"{name} is left out {reason}." for name, reason in (left_out or {}).items()]
     )
 
 

@@ -6,13 +6,10 @@ python -m evaluation.summarise results/same_dataset_mnist_partition*_seed123.jso
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from utils import UserError, run_command
-
-KEYS = ("task", "partition", "config", "seeds", "detection", "ind")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -25,9 +22,10 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     from evaluation.report import FIGURES, IND_FIGURES, format_ind_table, format_table, means
+    from evaluation.results import left_out, read_result
 
     results = [read_result(path) for path in args.results]
-    first, seen = results[0], set()
+    first, seen, without = results[0], set(), left_out(results)
     for path, result in zip(args.results, results, strict=True):
         for key in ("task", "config"):
             if result[key] != first[key]:
@@ -41,16 +39,17 @@ def main(args: argparse.Namespace) -> None:
             raise UserError(f"{path}: {partition} with seed {seed} is in a file before it: name each result once")
         seen |= runs
         for key in ("method", "ood_dataset"):
-            names, expected = (sorted({row[key] for row in one["detection"]}) for one in (result, first))
-            if names != expected:
-                odd = min(set(names) ^ set(expected))
+            names, expected = ({row[key] for row in one["detection"]} for one in (result, first))
+            if names - without.keys() != expected - without.keys():
+                odd = min((names ^ expected) - without.keys())
                 raise UserError(
                     f"{odd} is in one of {path} and {args.results[0]} only: make both with the same options"
                 )
     print(f"Mean ± standard deviation over {len(results)} results of {first['task']}, each the mean of its seeds\n")
-    detection = [means(result["detection"], ("ood_dataset", "method", "at"), FIGURES) for result in results]
+    rows = [[row for row in result["detection"] if row["method"] not in without] for result in results]
+    detection = [means(of_result, ("ood_dataset", "method", "at"), FIGURES) for of_result in rows]
     ind = [means(result["ind"], ("method", "at"), IND_FIGURES) for result in results]
-    print(f"{format_table(sum(detection, []))}\n\n{format_ind_table(sum(ind, []))}")
+    print(f"{format_table(sum(detection, []), without)}\n\n{format_ind_table(sum(ind, []))}")
 
 
 def difference(key: str, one: object, other: object) -> str:
@@ -62,17 +61,6 @@ def difference(key: str, one: object, other: object) -> str:
     else:
         unlike = [f"{one}, {other}"]
     return f"{key} ({'; '.join(unlike)})"
-
-
-def read_result(path: Path) -> dict:
-    """A result of eval. Raises `UserError` when the file is missing or is something else."""
-    try:
-        result = json.loads(path.read_text())
-        return {key: result[key] for key in KEYS}
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; expected a JSON file that python -m eval wrote") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: is no result; expected a JSON file that python -m eval wrote") from None
 
 
 if __name__ == "__main__":

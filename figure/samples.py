@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from datasets.tasks import add_data_arguments, all_partitions, default_checkpoint, task_from_arguments, task_names
-from utils import UserError, add_common_arguments, check_outputs, positive_float, run_command, seed_number
+from utils import UserError, add_common_arguments, check_outputs, positive_float, run_command, seed_number, short_name
 
 COUNT = 24  # images of each kind: two lines
 
@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> None:
     task_name, task, partition = task_from_arguments(args)
     if args.precision != "auto":  # no refusal: reproduce gives every command the same
         print("--precision changes nothing here: the images are made in fp32", flush=True)
-    output = args.output or Path("results") / f"{task_name}_{partition}_samples.png"
+    output = args.output or Path("results") / f"{short_name(f'{task_name}_{partition}_samples')}.png"
     path = args.params_dict_name2 or default_checkpoint(task_name, partition, "train_cvae")
     check_outputs(output, inputs=[path])
     if output.suffix.lower() != ".png":

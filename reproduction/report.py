@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +9,10 @@ from pathlib import Path
 from evaluation.page import Code, Facts, Heading, Picture, Section, Table, Text, write_page
 from evaluation.plots import auroc_over_steps, figure_bytes, roc_curves, save_figure, score_histograms, sweep
 from evaluation.report import BASELINES, IND_TEST, PSEUDO, THE_METHOD, cell, markdown, means, summarise
+from evaluation.results import left_out, read_ablations
 from reproduction import tables
 from reproduction.tables import Result
-from utils import replacing, write_json
+from utils import write_json, write_text
 
 SWEEPS = {  # option of eval -> what it is
     "--sigma": "sigma, standard deviation of the latents of pseudo-OOD images",
@@ -40,14 +40,15 @@ def write_report(
     """
     summary, ind = tables.detection_summary(results), tables.ind_summary(results)
     compared = tables.differences(results, summary)
-    changes = json.loads(ablations.read_text()) if ablations else None
+    without = left_out(one.content for one in results)
+    changes = read_ablations(ablations) if ablations else None
     rows = [{"partition": one.partition} | row for one in results for row in one.content["detection"]]
-    figures = {"detection": summary, "ind": ind, "differences": compared, "rows": rows}
+    figures = {"detection": summary, "ind": ind, "differences": compared, "left_out": without, "rows": rows}
     write_json(folder / "table.json", about | figures)
     tables.write_csv(folder / "table.csv", summary)
     pictures = draw(folder, results, samples, changes)
     parts = {
-        "Detection": (tables.detection_cells(summary), tables.notes(summary)),
+        "Detection": (tables.detection_cells(summary), tables.notes(summary, without)),
         "The best of the others": (tables.difference_cells(compared), DIFFERENCES),
         "Classification": (tables.ind_cells(ind), ""),
     }
@@ -56,8 +57,7 @@ def write_report(
     text = [f"# CMG: {about['task']}", f"```sh\n{about['command']}\n```"]
     text += [f"## {name}\n\n{markdown(*cells)}\n\n{note}".rstrip() for name, (cells, note) in parts.items()]
     text.append("\n".join(f"* {name}: {value}" for name, value in facts(about).items()))
-    with replacing(folder / "table.md") as temporary:
-        temporary.write_text("\n\n".join(text) + "\n")
+    write_text(folder / "table.md", "\n\n".join(text) + "\n")
 
     sections: list[Section] = []
     for name, (cells, note) in parts.items():

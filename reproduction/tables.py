@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from evaluation import results as eval_results
 from evaluation.report import FIGURES, IND_FIGURES, IND_TEST, NOTES, POSITIVE_CLASS, cells, summarise
 from utils import UserError, replacing
 
@@ -36,11 +35,21 @@ class Result:
 
 def read_result(partition: str, seed: int, output: Path, scores: Path) -> Result:
     """What eval left in its JSON file and its archive of scores. Raises `UserError` if one of them is damaged."""
+    content = eval_results.read_result(output)
+    needed = {
+        "/".join([row["method"], "-" if row["seed"] is None else str(row["seed"]), row["at"], images])
+        for row in content["detection"]
+        if row["at"] != "max"
+        for images in (IND_TEST, row["ood_dataset"])
+    }
     try:
         with np.load(scores) as archive:
-            return Result(partition, seed, json.loads(output.read_text()), dict(archive))
-    except (ValueError, EOFError, zipfile.BadZipFile):
-        raise UserError(f"{output} or {scores} is damaged: remove both and run the same command again") from None
+            arrays = dict(archive)
+    except Exception:  # a damaged archive fails in any way that zipfile and numpy know
+        raise UserError(f"{scores}: is damaged: remove it and run the same command again") from None
+    if lacking := sorted(needed - arrays.keys()):
+        raise UserError(f"{scores}: lacks {lacking[0]}, of which {output} has figures: remove both and run it again")
+    return Result(partition, seed, content, arrays)
 
 
 def detection_summary(results: Sequence[Result]) -> list[dict]:
@@ -76,7 +85,8 @@ def differences(results: Sequence[Result], summary: Sequence[dict]) -> list[dict
     found = []
     for ood in dict.fromkeys(row["ood_dataset"] for row in summary):
         of_set = [row for row in summary if row["ood_dataset"] == ood]
-        others = [row for row in of_set if row["at"] == "untouched"]
+        # Of those that some runs have left out there is no difference over all.
+        others = [row for row in of_set if row["at"] == "untouched" and row["auroc"]["n"] == len(results)]
         best = max(others, key=lambda row: row["auroc"]["mean"])["method"]
         for mode in (row["method"] for row in of_set if row["at"] == "last"):
             pairs = [
@@ -144,19 +154,20 @@ def difference_cells(found: Sequence[dict]) -> tuple[list[str], list[list[str]]]
     return without_single_set(header, rows)
 
 
-def notes(summary: Sequence[dict]) -> str:
-    """What the words in the table mean."""
+def notes(summary: Sequence[dict], left_out: Mapping[str, str]) -> str:
+    """What the words in the table mean, and what is not in it."""
     used = {row["at"] for row in summary}
     sets = ", ".join(dict.fromkeys(row["ood_dataset"] for row in summary))
     lines = [
         f"OOD images: {sets}. {POSITIVE_CLASS}. Mean ± standard deviation over n runs: partitions and training seeds."
     ]
-    return "\n".join([*lines, *(f"{at}: {note}." for at, note in NOTES.items() if at in used)])
+    lines += [f"{at}: {note}." for at, note in NOTES.items() if at in used]
+    return "\n".join([*lines, *(f"{name} is left out {reason}." for name, reason in left_out.items())])
 
 
 def write_csv(path: Path, summary: Sequence[dict]) -> None:
     """The table of detection as numbers between 0 and 1."""
-    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         names = [f"{figure}_{part}" for figure in FIGURES for part in ("mean", "sd")]
         writer.writerow(["ood_dataset", "method", "step", *names, "n"])

@@ -22,7 +22,7 @@ from evaluation.scores import SCORES, energy
 from models.inference import CHUNK
 from models.vae import Codes, ConditionalVAE, Mixing, decode_pseudo_ood, draw_codes
 from training.losses import energy_loss, order_statistic, softmax_loss
-from utils import Progress, UserError, autocast, generator
+from utils import Progress, UserError, autocast, check_memory, generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,16 +149,23 @@ class PseudoOOD:
     mixing: Mixing = Mixing()
 
     def draw(self, count: int, generator: torch.Generator) -> Codes:
+        """The random numbers of `count` images. Raises `MemoryShortage` where there is no room for so many."""
+        check_memory(
+            count * 4 * (4 + 3 * self.vae.z_dim), torch.device("cpu"), f"noise for {count:,} pseudo-OOD images"
+        )
         return draw_codes(count, self.num_ind, self.vae.z_dim, generator, self.mixing)
 
     @torch.no_grad()
     def encode(self, codes: Codes, progress: Progress | None = None) -> Tensor:
-        """Features [N, F] of the images of N codes."""
-        parts, chunk = [], CHUNK[self.device.type]
+        """Features [N, F] of the images of N codes. Raises `MemoryShortage` where there is no room for them."""
+        parts, chunk, count = [], CHUNK[self.device.type], len(codes.first)
         with autocast(self.device, self.precision):
-            for start in range(0, len(codes.first), chunk):
+            for start in range(0, count, chunk):
                 images = decode_pseudo_ood(self.vae, codes.rows(start, start + chunk).to(self.device), self.sigma)
                 parts.append(self.features(images.float()).float())
+                if start == 0:  # they will be there in parts, as one and among those of all seeds
+                    needed = 3 * count * parts[0][0].nbytes
+                    check_memory(needed, self.device, f"the features of {count:,} pseudo-OOD images")
                 if progress:
                     progress.advance(len(images))
         return torch.cat(parts)
@@ -408,10 +415,10 @@ class Checker:
 
             logits = head_logits(self.head, parameters, self.bank.test)
             if not torch.isfinite(logits).all():
-                raise UserError(
-                    f"{mode}, seed {run.seed}: the logits are not finite after step {step}: "
-                    "lower --lr, or use --precision fp32"
+                remedy = (
+                    "lower --lr, or use --precision fp32" if step else "train the classifier anew, with a lower --lr"
                 )
+                raise UserError(f"{mode}, seed {run.seed}: the logits are not finite after step {step}: {remedy}")
             ind_scores = score_logits(logits, mode, self.config)
             figures = {name: auroc(ind_scores, score(features)) for name, features in self.bank.ood.items()}
             validation = auroc(score(self.bank.validation), score(self.fresh[s])) if self.fresh else None

@@ -28,7 +28,9 @@ from utils import (
     Stopped,
     UserError,
     autocast,
+    check_finite,
     derive_seed,
+    fits,
     generator,
     handling,
     load_checkpoint,
@@ -36,6 +38,15 @@ from utils import (
     writing,
 )
 
+STATE = {
+    "identity": dict,
+    "model": dict,
+    "optimizer": dict,
+    "step": int,
+    "history": [dict],
+    "losses": list,
+    "sums": dict,
+}
 STEPS_BETWEEN_STOP_CHECKS = 20  # with several processes, which have to agree
 
 
@@ -240,7 +251,7 @@ class RunState:
             self.recorder.watch(line)
             if self.recorder.log:
                 with writing(self.recorder.log), open(self.recorder.log, "a") as log:
-                    log.write(json.dumps(line) + "\n")
+                    log.write(json_line(line))
         if self.epoch % self.recorder.save_every == 0 or self.epoch == self.config.epochs:
             self.save()
 
@@ -249,8 +260,9 @@ class RunState:
         return {k: v for k, v in asdict(self.config).items() if k != "epochs"} | (self.recorder.identity or {})
 
     def save(self) -> None:
-        """Write the resumable state, whole or not at all; a state with a loss that is not finite is never written."""
+        """Write the resumable state, whole or not at all; one with a loss or weights that are not finite never."""
         self.check_finite()
+        check_weights(self.model, self.epoch)
         if self.losses:  # the same on every process, so that one file can restore all
             self.losses = list(self.processes.mean(torch.stack(self.losses)))
             self.sums = {name: self.processes.mean(total) for name, total in self.sums.items()}
@@ -277,9 +289,12 @@ class RunState:
         """
         path = self.recorder.resume
         if path and path.exists():
-            saved = load_checkpoint(path, remedy="Start over with --restart")
-            if saved.get("identity") != self.identity():
-                theirs, ours = saved.get("identity") or {}, self.identity()
+            remedy = "Start over with --restart"
+            saved = load_checkpoint(path, remedy)
+            if not fits(saved, STATE):
+                raise UserError(f"{path}: is no state of a training. {remedy}")
+            if saved["identity"] != self.identity():
+                theirs, ours = saved["identity"], self.identity()
                 differ = [
                     f"{k} was {theirs.get(k)}, is {ours.get(k)}"
                     for k in sorted(theirs.keys() | ours.keys())
@@ -295,12 +310,17 @@ class RunState:
                     f"{path} holds a run in or after its epoch {begun}, but --epochs is {self.config.epochs}. "
                     f"Ask for {begun} epochs or more, or --restart to start over"
                 )
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+            check_finite(path, saved["model"], remedy)
             device = self.processes.device
+            try:
+                self.model.load_state_dict(saved["model"])
+                self.optimizer.load_state_dict(saved["optimizer"])
+                self.losses = [loss.to(device) for loss in saved["losses"]]
+                self.sums = {name: value.to(device) for name, value in saved["sums"].items()}
+            except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+                reason = str(error).partition("\n")[0]
+                raise UserError(f"{path}: is no state of this training ({reason}). {remedy}") from None
             self.step, self.history = saved["step"], saved["history"]
-            self.losses = [loss.to(device) for loss in saved["losses"]]
-            self.sums = {name: value.to(device) for name, value in saved["sums"].items()}
             if self.processes.is_main:
                 print(
                     f"{self.recorder.name}: resuming at epoch {self.epoch + 1}, step {self.step_in_epoch}, from {path}",
@@ -309,7 +329,22 @@ class RunState:
         if self.recorder.log and self.processes.is_main:
             with writing(self.recorder.log):
                 self.recorder.log.parent.mkdir(parents=True, exist_ok=True)
-                self.recorder.log.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+                self.recorder.log.write_text("".join(map(json_line, self.history)))
+
+
+def check_weights(model: nn.Module, epoch: int) -> None:
+    """Raise `UserError` where training has left weights that are not finite, though the losses up to there were."""
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"{name} is not finite any more in epoch {epoch}: lower --lr, or use --precision fp32; nothing is saved"
+            )
+
+
+def json_line(line: dict) -> str:
+    """An epoch's figures as a line of a log; one that is not finite, which no JSON can hold, as null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def warmup_schedule(config: LoopConfig, count: int) -> Callable[[float], float]:

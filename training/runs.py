@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from training.options import option
-from utils import UserError, check_outputs, check_writable, counted, load_checkpoint, positive_int
+from utils import UserError, check_outputs, check_writable, counted, positive_int, resume_path
 
 IMAGES_PER_STATE = 5000  # at least, by default: writing the state would take longer than the epochs of a small data set
 
@@ -64,9 +64,11 @@ def is_done(path: Path, origin: dict, args: argparse.Namespace, show: bool) -> b
         check_outputs(path, resume, args.log)
         resume.unlink(missing_ok=True)
         return False
+    from training.checkpoints import origin_of, read_state
+
     if os.path.exists(resume) or not os.path.isfile(path):  # unlike Path's, no errors where a name cannot be
         return False
-    theirs = getattr(load_checkpoint(path), "origin", {})
+    theirs = origin_of(read_state(path, f"what {origin['command']} makes", "Replace it with --restart"))
     decided = {key: value for key, value in origin.items() if key != "precision" or args.precision != "auto"}
     differ = [f"{key} was {theirs.get(key)}, is {value}" for key, value in decided.items() if theirs.get(key) != value]
     if differ:
@@ -142,11 +144,6 @@ def train_to_checkpoint(
         save_network(path, model, what | asdict(config) | {"torch": str(torch.__version__)})
         resume.unlink(missing_ok=True)
     return processes.is_main
-
-
-def resume_path(path: Path) -> Path:
-    """Where the resumable state of a run is that will write `path`."""
-    return path.parent / f"{path.name}.resume"
 
 
 def remove_leftovers(path: Path) -> None:

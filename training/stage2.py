@@ -34,11 +34,10 @@ from training.fine_tune import (
 )
 from training.joint import JointObjective, train_jointly
 from training.loop import fingerprint
-from training.runs import resume_path
 from training.scored import Scored, run_scores, summarise, untouched_scores
 from training.stages import STAGES
 from training.train_classifier import ClassifierObjective, build_classifier
-from utils import Progress, UserError, derive_seed
+from utils import Progress, UserError, derive_seed, resume_path
 
 
 def train_command(command: str, task: Task, task_name: str, partition: str, path: Path) -> str:
@@ -243,8 +242,11 @@ def run_stage2(
         baselines: post-hoc detectors to report beside it, of `evaluation.baselines.POST_HOC`.
         banks: keeps the features of the images, by what is split off and precision, from one call with the same
             inputs to the next.
+
+    Returns:
+        what `tune_and_score` does, and "left_out": the reason for each of `baselines` that fails.
     """
-    compared = compare(inputs, config, baselines) if baselines else []  # first: a detector may fail
+    compared, left_out = compare(inputs, config, baselines) if baselines else ([], {})
     task, cvae, data = inputs.task, inputs.cvae, inputs.data
     split = "head" if tune == JOINT else tune
     features, head = split_model(for_inference(inputs.classifier), split)
@@ -253,7 +255,8 @@ def run_stage2(
         banks[split, config.precision] = data.encode(features, config.precision)
     bank, pseudo = banks[split, config.precision], make_pseudo(cvae, features, config, data.train.images.device)
     if tune != JOINT:
-        return tune_and_score(head, bank, pseudo, config, modes, seeds, score_pseudo, compared)
+        results = tune_and_score(head, bank, pseudo, config, modes, seeds, score_pseudo, compared)
+        return results | {"left_out": left_out}
     scored, runs = untouched_scores(head, bank) + compared, []
     for mode in modes:
         uses_margins, all_margins = MODES[mode].uses_margins, None
@@ -271,14 +274,18 @@ def run_stage2(
             fresh = make_pseudo(cvae, model.features, config, data.train.images.device) if score_pseudo else None
             scored += run_scores(model.classifier, own, run, config, fresh)
             runs.append(run)
-    return summarise(scored, runs, bank, config.num_ind)
+    return summarise(scored, runs, bank, config.num_ind) | {"left_out": left_out}
 
 
-def compare(inputs: Stage2Inputs, config: FineTuneConfig, names: Sequence[str]) -> list[Scored]:
-    """Post-hoc detectors on the untouched classifier, but those that are shown always. Raises `UserError`."""
+def compare(inputs: Stage2Inputs, config: FineTuneConfig, names: Sequence[str]) -> tuple[list[Scored], dict[str, str]]:
+    """Post-hoc detectors on the untouched classifier, but those that are shown always; and the reasons of those that
+    are left out, by name."""
     sets = {IND_TEST: inputs.data.test.images} | inputs.data.ood
-    found = baseline_scores(inputs.classifier, inputs.data.train, sets, config.num_ind, config.precision, names)
-    return [Scored(name, None, "untouched", None, scores) for name, scores in found.items() if name not in BASELINES]
+    found, left_out = baseline_scores(
+        inputs.classifier, inputs.data.train, sets, config.num_ind, config.precision, names
+    )
+    compared = [Scored(name, None, "untouched", None, found[name]) for name in found if name not in BASELINES]
+    return compared, left_out
 
 
 def make_pseudo(

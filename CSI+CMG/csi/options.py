@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets.tasks import CUSTOM, Task, add_data_arguments, task_from_arguments
-from utils import UserError, add_machine_arguments
+from utils import UserError, add_machine_arguments, short_name
 
 # What --dataset may be -> task of the root's registry, and partition.
 DATASETS = {
@@ -92,7 +92,7 @@ def data_from_arguments(args: argparse.Namespace) -> CSIData:
 
 def default_checkpoint(data: CSIData, mode: str) -> Path:
     """Where a training mode writes when it isn't told: ../ckpt/csi_DATASET….pkl."""
-    return root() / "ckpt" / f"csi_{data.name}{TRAINING_MODES[mode].suffix}.pkl"
+    return root() / "ckpt" / f"{short_name(f'csi_{data.name}{TRAINING_MODES[mode].suffix}')}.pkl"
 
 
 def remedy(data: CSIData, mode: str) -> str:

@@ -1,0 +1,54 @@
+"""The JSON files of `python -m eval` and `benchmarks.ablations`, as other commands read them back.
+
+Imports no torch: summarising takes no time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from utils import read_json
+
+DETECTION_ROW = {"method": str, "ood_dataset": str, "at": str, "auroc": float}
+IND_ROW = {"method": str, "at": str, "accuracy": float, "ece": float}
+RUN = {"mode": str, "curve": [{"step": int, "auroc": dict}]}
+RESULT = {
+    "task": str,
+    "partition": str,
+    "config": dict,
+    "seeds": [int],
+    "images": dict,
+    "environment": dict,
+    "detection": [DETECTION_ROW],
+    "ind": [IND_ROW],
+    "runs": [RUN],
+}
+VARIANT = {"config": dict, "detection": [DETECTION_ROW], "ind": [IND_ROW], "runs": [RUN]}
+ABLATIONS = {"config": {"sigma": float, "mixing": {"probability": float}}, "untouched": [DETECTION_ROW]}
+
+
+def read_result(path: Path) -> dict:
+    """What eval wrote. Raises `UserError` when the file is missing or is something else."""
+    return read_json(path, RESULT, "a JSON file that python -m eval wrote")
+
+
+def read_ablations(path: Path) -> dict:
+    """What benchmarks.ablations wrote. Raises `UserError` when the file is missing or is something else."""
+    what = "a JSON file that python -m benchmarks.ablations wrote"
+    variants = read_json(path, ABLATIONS | {"variants": dict}, what)["variants"]
+    return read_json(path, ABLATIONS | {"variants": dict.fromkeys(variants, VARIANT)}, what)
+
+
+def left_out(results: Iterable[dict]) -> dict[str, str]:
+    """Each post-hoc detector that some of the results have left out -> "(the reason)", of several the first, and in how
+    many of them."""
+    reasons: dict[str, list[str]] = {}
+    results = list(results)
+    for result in results:
+        for name, reason in result.get("left_out", {}).items():
+            reasons.setdefault(name, []).append(reason)
+    return {
+        name: f"({found[0]})" if len(results) == 1 else f"in {len(found)} of {len(results)} results ({found[0]})"
+        for name, found in reasons.items()
+    }
