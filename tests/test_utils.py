@@ -15,6 +15,7 @@ import stat
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from utils import (
     Progress,
     Stopped,
     UserError,
+    check_memory,
     check_writable,
     derive_seed,
     generator,
@@ -35,9 +37,12 @@ from utils import (
     number,
     pick_device,
     pick_precision,
+    printable,
+    read_json,
     replacing,
     run_command,
     save_checkpoint,
+    short_name,
     write_json,
 )
 
@@ -209,7 +214,10 @@ class Payload:
 def test_a_checkpoint_that_could_run_code_does_not(tmp_path, write):
     path, mark = tmp_path / "bad.pkl", tmp_path / "ran"
     write({"weights": torch.ones(1), "more": Payload(mark)}, path)
-    with pytest.raises(UserError, match="bad.pkl: holds objects that could run code"):
+    with pytest.raises(
+        UserError,
+        match=r"bad\.pkl: holds [\w.]+, which could run code; expected .* save its weights alone: torch\.save\(",
+    ):
         load_checkpoint(path)
     assert not mark.exists()
 
@@ -263,6 +271,131 @@ def test_a_checkpoint_of_something_else_than_a_dict_is_refused(tmp_path):
     torch.save([torch.ones(1)], tmp_path / "list.pkl")
     with pytest.raises(UserError, match="list.pkl: holds a list; expected a dict of .*save. Make it again"):
         load_checkpoint(tmp_path / "list.pkl")
+
+
+# --- what cannot be shown, held or read -----------------------------------------------------------
+
+
+def test_names_are_shown_in_one_line():
+    assert printable("caf\udce9 ±\n\x1b[31m") == "caf\\xe9 ±\\n\\x1b[31m"
+
+
+def test_no_character_stops_a_command(tmp_path):
+    """Neither one of ours nor one of a file's name, on a terminal that knows only ASCII."""
+    code = (
+        "import argparse, sys; from utils import *\n"
+        "def main(args):\n    print('± … caf\\udce9'); raise UserError('a\\nb caf\\udce9')\n"
+        "sys.exit(run_command(main, argparse.ArgumentParser('name'), []))"
+    )
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    place = Path(utils.__file__).parent
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=place)
+    shown = "\\xb1 \\u2026 caf\\udce9\n"
+    assert (found.returncode, found.stdout, found.stderr) == (2, shown, "name: error: a\\nb caf\\xe9\n")
+
+
+def test_what_libraries_remark_about_images_is_not_shown(recwarn):
+    def main(args):
+        warnings.warn_explicit("Corrupt EXIF data", UserWarning, "x.py", 1, module="PIL.TiffImagePlugin")
+        warnings.warn_explicit("ours", UserWarning, "x.py", 1, module="utils")
+
+    assert run_command(main, argparse.ArgumentParser("name"), []) == 0
+    assert [str(warning.message) for warning in recwarn] == ["ours"]
+
+
+CPU_ALLOCATOR = (
+    "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+    "64000000000 bytes. Error code 12 (Cannot allocate memory)"
+)
+CUDA_ALLOCATOR = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79 GiB\nof which"
+
+
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (RuntimeError(CPU_ALLOCATOR), "not enough memory: 64000000000 bytes more could not be had"),
+        (torch.OutOfMemoryError(CUDA_ALLOCATOR), "not enough memory of the GPU: 20.00 GiB more could not be had"),
+        (MemoryError(), "not enough memory"),
+        (MemoryError("Unable to allocate 72.8 TiB for an array"), "not enough memory: 72.8 TiB more could not be had"),
+        (utils.MemoryShortage("not enough memory: x would take 9.0 GB"), "not enough memory: x would take 9.0 GB"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ([], "end other programs, or take a machine with more"),
+        (["--batch-size", "--lr", "--pseudo-pool"], "lower --pseudo-pool or --batch-size"),
+    ],
+)
+def test_out_of_memory_is_one_line(capsys, error, what, options, remedy):
+    parser = argparse.ArgumentParser("name")
+    for option in options:
+        parser.add_argument(option)
+
+    def main(args):
+        raise error
+
+    assert run_command(main, parser, []) == 2
+    assert capsys.readouterr().err == f"name: error: {what}; {remedy}\n"
+
+
+def test_more_memory_than_there_is_is_refused_before_it_is_filled():
+    cpu = torch.device("cpu")
+    check_memory(10**6, cpu, "little")
+    with pytest.raises(
+        utils.MemoryShortage, match=r"^not enough memory: noise would take 1,000,000\.0 GB, [\d.,]+ GB are"
+    ):
+        check_memory(10**15, cpu, "noise")
+
+
+def test_where_the_system_does_not_tell_nothing_is_refused(monkeypatch):
+    monkeypatch.setattr(utils, "free_memory", lambda device: None)
+    check_memory(10**15, torch.device("cpu"), "noise")
+
+
+def test_names_of_files_have_an_end():
+    assert short_name("results_seed1") == "results_seed1" and short_name("x" * 120) == "x" * 120
+    long = [short_name(f"{'é' * 200}{end}") for end in "ab"]
+    assert all(name.startswith("é" * 50) and len(os.fsencode(name)) <= 120 for name in long) and long[0] != long[1]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_no_json_holds_what_is_no_number(tmp_path, bad):
+    with pytest.raises(
+        UserError, match=r"r\.json: a figure in it is not a finite number, so something before it failed$"
+    ):
+        write_json(tmp_path / "r.json", {"auroc": [0.5, bad]})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is no JSON or is damaged; expected a result"),
+        ("{", "is no JSON or is damaged; expected a result"),
+        ("[" * 100_000, "is no JSON or is damaged; expected a result"),
+        ("[]", "holds something else; expected a result"),
+        ("{}", "holds something else; expected a result"),
+        ('{"rows": [{"auroc": NaN}]}', "holds something else; expected a result"),
+        ('{"rows": [{"auroc": "0.5"}]}', "holds something else; expected a result"),
+        ('{"rows": [{"auroc": true}]}', "holds something else; expected a result"),
+        ('{"rows": {"auroc": 1}}', "holds something else; expected a result"),
+        (None, "No such file or directory; expected a result"),
+    ],
+)
+def test_a_json_file_of_wrong_content_is_named(tmp_path, content, message):
+    path = tmp_path / "r.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError) as refusal:
+        read_json(path, {"rows": [{"auroc": float}]}, "a result")
+    assert str(refusal.value) == f"{path}: {message}"
+
+
+def test_a_json_file_is_read_back_as_it_was_written(tmp_path):
+    content = {"rows": [{"auroc": 1, "name": "caf\udce9 ±"}]}
+    write_json(tmp_path / "r.json", content)
+    assert read_json(tmp_path / "r.json", {"rows": [{"auroc": float}]}, "") == content
 
 
 # --- progress -----------------------------------------------------------------------------------
