@@ -120,21 +120,17 @@ def _open(address: str, have: int) -> HTTPResponse | None:
             return None
         return _open(address, 0)
     except URLError as error:
-        host, proxy = urlsplit(address).hostname, proxy_of(address)
-        through = f" through the proxy {proxy} of the environment" if proxy else ""
-        raise FetchError(f"{host} cannot be reached{through}: {error.reason}") from None
+        raise FetchError(f"{urlsplit(address).hostname} cannot be reached{by_proxy(address)}: {error.reason}") from None
     except (OSError, HTTPException, ValueError) as error:
-        raise FetchError(f"{address} cannot be fetched: {error or type(error).__name__}") from None
+        reason = str(error) or type(error).__name__
+        raise FetchError(f"{address} cannot be fetched{by_proxy(address)}: {reason}") from None
 
 
-def proxy_of(address: str) -> str | None:
-    """The proxy by which the environment has an address fetched, without its password, or None."""
+def by_proxy(address: str) -> str:
+    """By which proxy the environment has an address fetched, in words and without its password, or nothing."""
     parts = urlsplit(address)
-    if proxy_bypass(parts.netloc):
-        return None
-    proxies = getproxies()
-    proxy = proxies.get(parts.scheme) or proxies.get("all")
-    return proxy and proxy.rpartition("@")[2]
+    proxy = None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme)
+    return f" by the proxy {proxy.rpartition('@')[2]} of {parts.scheme}_proxy" if proxy else ""
 
 
 def _read(response: HTTPResponse, address: str) -> bytes:

@@ -216,6 +216,31 @@ def test_fetch_ends_when_the_server_refuses_every_range(server, tmp_path):
         fetch(f"{server.address}/a", tmp_path / "a.part", 100, "a")
 
 
+@pytest.mark.parametrize("account", ["", "me:secret@"])
+def test_a_proxy_that_does_not_answer_is_named(tmp_path, monkeypatch, account):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        proxy = f"127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setenv("http_proxy", f"http://{account}{proxy}")
+    monkeypatch.setattr("urllib.request._opener", None)  # which has read the environment before
+    monkeypatch.setenv("no_proxy", "here.example")
+    shown = proxy if account else f"http://{proxy}"
+    with pytest.raises(FetchError) as failure:
+        fetch("http://there.example/a", tmp_path / "a.part", 100, "a")
+    assert str(failure.value).startswith(f"there.example cannot be reached by the proxy {shown} of http_proxy: ")
+    assert "refused" in str(failure.value) and archives.by_proxy("http://here.example/a") == ""
+
+
+def test_a_proxy_that_hangs_up_is_named(tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{listening.getsockname()[1]}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.setattr("urllib.request._opener", None)
+        monkeypatch.setattr(archives, "TIMEOUT", 0.2)
+        with pytest.raises(FetchError, match=r"by the proxy http://127\.0\.0\.1:\d+ of http_proxy: timed out"):
+            fetch("http://there.example/a", tmp_path / "a.part", 100, "a")
+
+
 def test_fetch_without_a_network(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.io import savemat
 
 from datasets import folders, obtain
 from datasets.datasetsHelper import HELD_OUT, READERS, load_ind, load_ood
@@ -183,8 +184,6 @@ def test_cifar_batch_that_is_cut_short(tmp_path):
 
 
 def test_svhn_errors(tmp_path):
-    from scipy.io import savemat
-
     path = tmp_path / "test_32x32.mat"
     for content in (b"", b"no mat file" * 50):
         path.write_bytes(content)
@@ -202,6 +201,29 @@ def test_svhn_errors(tmp_path):
     write_svhn(tmp_path, 10)
     path.write_bytes(path.read_bytes()[:-500])
     with pytest.raises(UserError, match="is no SVHN file"):
+        READERS["SVHN"](tmp_path, "test")
+
+
+def test_labels_that_do_not_fit_the_classes_are_refused(tmp_path):
+    write_mnist(tmp_path, 1)
+    write_idx(tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte", np.arange(1, 11))
+    with pytest.raises(
+        UserError, match=r"mnist in .*: labels 1 to 10, expected 0 to 9\. Remove its files and fetch it"
+    ):
+        READERS["mnist"](tmp_path, "test")
+    write_svhn(tmp_path, 2)
+    images = np.zeros((32, 32, 3, 2), np.uint8)
+    savemat(tmp_path / "test_32x32.mat", {"X": images, "y": np.uint8([[37], [10]])})
+    with pytest.raises(UserError, match=r"SVHN in .*: labels 0 to 37, expected 0 to 9"):
+        READERS["SVHN"](tmp_path, "test")
+    write_cifar10(tmp_path, 2)
+    for labels, complaint in (([0, -1], "labels -1 to 0, expected 0 to 9"), ([b"a", b"b"], "is no CIFAR batch")):
+        batch = tmp_path / "cifar-10-batches-py" / "test_batch"
+        write_cifar_batch(batch, squares(np.arange(2), 32, 3, 0), {b"labels": labels})
+        with pytest.raises(UserError, match=complaint):
+            READERS["cifar10"](tmp_path, "test")
+    savemat(tmp_path / "test_32x32.mat", {"X": images, "y": [[1.5], [2]]})
+    with pytest.raises(UserError, match=r"is no SVHN file \(its labels are no whole numbers\)"):
         READERS["SVHN"](tmp_path, "test")
 
 
