@@ -202,6 +202,9 @@ def kept_memory() -> int:
 # --- arguments ----------------------------------------------------------------------------------
 
 
+MOST = 2**31 - 1  # of what is counted: far more than anyone wants and less than what libraries in C take
+
+
 def number(
     kind: type = int,
     *,
@@ -221,7 +224,9 @@ def number(
             ) from None
         if not (math.isfinite(value) and above < value < below and least <= value <= most):
             bounds = [f"above {above:,.10g}"] * (above > -math.inf) + [f"at least {least:,.10g}"] * (least > -math.inf)
-            bounds += [f"below {below:,.10g}"] * (below < math.inf) + [f"at most {most:,.10g}"] * (most < math.inf)
+            bounds += [f"below {below:,.10g}"] * (below < math.inf) + [f"at most {most:,.10g}"] * (
+                most < max(value, MOST)
+            )
             raise argparse.ArgumentTypeError(
                 f"{text} is out of range: expected {' and '.join(bounds) or 'a finite number'}"
             )
@@ -230,7 +235,6 @@ def number(
     return parse
 
 
-MOST = 2**31 - 1  # of what is counted: beyond it lies what a program in C takes
 positive_int = number(int, above=0, most=MOST)
 positive_float = number(float, above=0)
 seed_number = number(int, least=0)

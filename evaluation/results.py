@@ -10,27 +10,28 @@ from pathlib import Path
 
 from utils import read_json
 
-DETECTION_ROW = {"method": str, "ood_dataset": str, "at": str, "auroc": float}
+DETECTION_ROW = {"method": str, "ood_dataset": str, "seed": object, "at": str, "auroc": float}
 IND_ROW = {"method": str, "at": str, "accuracy": float, "ece": float}
-RUN = {"mode": str, "curve": [{"step": int, "auroc": dict}]}
-RESULT = {
-    "task": str,
-    "partition": str,
-    "config": dict,
-    "seeds": [int],
+RUN = {"mode": str, "margins": object, "curve": [{"step": int, "auroc": dict}]}
+RESULT = {"task": str, "partition": str, "config": dict, "seeds": [int], "detection": [DETECTION_ROW], "ind": [IND_ROW]}
+REPORTED = RESULT | {  # with what pictures and pages show
+    "config": {"loss_energy": str, "score_energy": str},
     "images": dict,
     "environment": dict,
-    "detection": [DETECTION_ROW],
-    "ind": [IND_ROW],
     "runs": [RUN],
 }
 VARIANT = {"config": dict, "detection": [DETECTION_ROW], "ind": [IND_ROW], "runs": [RUN]}
 ABLATIONS = {"config": {"sigma": float, "mixing": {"probability": float}}, "untouched": [DETECTION_ROW]}
 
 
-def read_result(path: Path) -> dict:
+def read_result(path: Path, shape: dict = RESULT) -> dict:
     """What eval wrote. Raises `UserError` when the file is missing or is something else."""
-    return read_json(path, RESULT, "a JSON file that python -m eval wrote")
+    return read_json(path, shape, "a JSON file that python -m eval wrote")
+
+
+def read_reported(path: Path) -> dict:
+    """The same, with what a report shows of it."""
+    return read_result(path, REPORTED)
 
 
 def read_ablations(path: Path) -> dict:

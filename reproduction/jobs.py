@@ -22,11 +22,11 @@ import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from evaluation.results import read_ablations, read_result
+from evaluation.results import read_ablations, read_reported
 from utils import Stopped, UserError, fits, read_json, resume_path, run_command, write_json
 
 ARCHIVES = (".pkl", ".resume", ".npz")  # files that torch and numpy write, all of them zip archives
-READERS = {"eval": read_result, "benchmarks.ablations": read_ablations}  # module -> of the JSON file it writes
+READERS = {"eval": read_reported, "benchmarks.ablations": read_ablations}  # module -> of the JSON file it writes
 
 try:
     import fcntl

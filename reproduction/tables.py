@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation import results as eval_results
 from evaluation.report import FIGURES, IND_FIGURES, IND_TEST, NOTES, POSITIVE_CLASS, cells, summarise
+from evaluation.results import read_reported
 from utils import UserError, replacing
 
 
@@ -35,7 +35,7 @@ class Result:
 
 def read_result(partition: str, seed: int, output: Path, scores: Path) -> Result:
     """What eval left in its JSON file and its archive of scores. Raises `UserError` if one of them is damaged."""
-    content = eval_results.read_result(output)
+    content = read_reported(output)
     needed = {
         "/".join([row["method"], "-" if row["seed"] is None else str(row["seed"]), row["at"], images])
         for row in content["detection"]
@@ -154,7 +154,7 @@ def difference_cells(found: Sequence[dict]) -> tuple[list[str], list[list[str]]]
     return without_single_set(header, rows)
 
 
-def notes(summary: Sequence[dict], left_out: Mapping[str, str]) -> str:
+def notes(summary: Sequence[dict], left_out: Mapping[str, str] | None = None) -> str:
     """What the words in the table mean, and what is not in it."""
     used = {row["at"] for row in summary}
     sets = ", ".join(dict.fromkeys(row["ood_dataset"] for row in summary))
@@ -162,7 +162,7 @@ def notes(summary: Sequence[dict], left_out: Mapping[str, str]) -> str:
         f"OOD images: {sets}. {POSITIVE_CLASS}. Mean ± standard deviation over n runs: partitions and training seeds."
     ]
     lines += [f"{at}: {note}." for at, note in NOTES.items() if at in used]
-    return "\n".join([*lines, *(f"{name} is left out {reason}." for name, reason in left_out.items())])
+    return "\n".join([*lines, *(f"{name} is left out {reason}." for name, reason in (left_out or {}).items())])
 
 
 def write_csv(path: Path, summary: Sequence[dict]) -> None:

@@ -318,9 +318,23 @@ def test_results_without_a_mean_are_refused(workplace, capsys):
     assert "KNN is in one of more.json and one.json only: make both with the same" in error_of(
         capsys, summarise, one, more
     )
-    Path("text.json").write_text("no JSON")
-    assert "text.json: is no result; expected a JSON file that" in error_of(capsys, summarise, one, "text.json")
+    wrong = {"no JSON": "is no JSON or is damaged", "{}": "holds something else", "[1]": "holds something else"}
+    wrong |= {Path(one).read_text().replace("0.9", text): "holds something else" for text in ("NaN", '"0.9"', "null")}
+    for content, reason in wrong.items():
+        Path("text.json").write_text(content)
+        found = error_of(capsys, summarise, one, "text.json")
+        assert f"text.json: {reason}; expected a JSON file that python -m eval wrote" in found
     assert "none.json: No such file or directory; expected" in error_of(capsys, summarise, one, "none.json")
+
+
+def test_a_detector_that_some_results_have_left_out_is_in_no_mean(workplace, capsys):
+    first = write_result("one.json", left_out={"KNN": "k=50 exceeds the number of ID samples (41)"})
+    row = {"method": "KNN", "at": "untouched", "ood_dataset": "held-out-classes", "seed": None, "auroc": 0.9}
+    rows = json.loads(Path(first).read_text())["detection"]
+    assert run(summarise, first, write_result("two.json", detection=[*rows, row], left_out={})) == 0
+    printed = capsys.readouterr().out
+    assert "KNN is left out in 1 of 2 results (k=50 exceeds the number of ID samples (41)).\n" in printed
+    assert [line.split()[1] for line in printed.splitlines() if line.startswith("held-out")] == ["CMG-energy"]
 
 
 def test_defaults_are_the_embedded_task_and_the_paper(workplace):

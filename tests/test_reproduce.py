@@ -15,6 +15,7 @@ from statistics import mean, stdev
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score
 
 import reproduce
@@ -23,7 +24,7 @@ from evaluation.report import markdown
 from reproduction.jobs import Job, Step, last_line, read_job, run_job
 from reproduction.launchers import ended, is_queued, local_slots, run_local, submit
 from reproduction.tables import detection_cells, notes, read_result
-from utils import UserError, run_command
+from utils import UserError, run_command, save_checkpoint, write_json
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--device", "cpu", "--classifier-args", "--epochs 2", "--cvae-args", "--epochs 1", "--eval-args", "--epochs 1"]
@@ -242,12 +243,13 @@ def test_a_failed_job_is_reported_and_stops_no_other(tmp_path, monkeypatch, caps
     monkeypatch.chdir(ROOT)
     folder = tmp_path / "out"
     (folder / "partition1_seed1").mkdir(parents=True)
-    (folder / "partition1_seed1" / "classifier.pkl").write_bytes(b"no checkpoint")
+    save_checkpoint(folder / "partition1_seed1" / "classifier.pkl", {"weights": torch.ones(1)})
     argv = ["--partitions", "partition1", "partition2", "--seeds", 1, "--modes", "CMG-energy", "--output", folder]
     assert run(*argv, *QUICK) == 2
     printed = capsys.readouterr()
     assert "partition1_seed1 failed: train: error: " in printed.out
-    assert "classifier.pkl: is no checkpoint or is damaged" in printed.out
+    assert "classifier.pkl exists and was made otherwise" in printed.out
+    assert "1 of 2 jobs failed" in printed.err
     assert "1 of 2 jobs failed" in printed.err and printed.err.count("\n") == 1
     assert json.loads((folder / "table.json").read_text())["done"] == 1
 
@@ -415,11 +417,132 @@ def order(lines: list[str]) -> list[str]:
 
 
 def test_without_a_gpu_slots_share_the_cores(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
     assert local_slots("cpu", None) == [{"OMP_NUM_THREADS": "3"}] * 2
     assert local_slots("cpu", 3) == [{"OMP_NUM_THREADS": "2"}] * 3
     assert local_slots("cuda:1", None) == [{"OMP_NUM_THREADS": "6"}]  # the GPU that is named takes one
     assert local_slots("cpu", 9) == [{"OMP_NUM_THREADS": "1"}] * 9
+
+
+@pytest.mark.parametrize(("limit", "threads"), [("1", "1"), ("2", "2"), ("9", "3"), ("2,1", "3")])
+def test_the_limit_of_threads_of_the_environment_is_kept(monkeypatch, limit, threads):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", limit)
+    assert local_slots("cpu", None) == [{"OMP_NUM_THREADS": threads}] * 2
+
+
+def test_jobs_find_the_repository_from_anywhere(tmp_path, monkeypatch):
+    """Even where something lies that is called as one of its modules."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    (tmp_path / "utils.py").write_text("raise SystemExit('not this one')")
+    job = tiny_job(Path("a"), WRITES)
+    assert run_local([job], [{}], print) == {"a": 0} and job.is_done
+
+
+def test_a_folder_whose_name_is_no_text_takes_jobs(tmp_path):
+    job = tiny_job(tmp_path / os.fsdecode(b"caf\xe9"), WRITES)
+    assert run_local([job], [{}], print) == {job.name: 0} and job.is_done
+    assert "caf\\udce9/0.txt" in job.log.read_text()
+
+
+def test_all_that_a_job_prints_is_in_its_log(tmp_path):
+    """What comes before and beside the steps, too, and how it ended where it could not say so itself."""
+    lines = []
+    broken = tiny_job(tmp_path / "broken", "tests.nowhere")
+    write_json(tmp_path / "damaged" / "job.json", {})
+    damaged = Job(tmp_path / "damaged", ())
+    killed = tiny_job(tmp_path / "killed", WRITES, argv=("--word", "killed"))
+    assert run_local([broken, damaged, killed], [{}], lines.append) == {"broken": 1, "damaged": 2, "killed": -9}
+    assert last_line(broken.log) == "ModuleNotFoundError: No module named 'tests.nowhere'"
+    message = f"{tmp_path}/damaged: holds no job; python -m reproduce makes the folders of its jobs"
+    assert last_line(damaged.log) == f"reproduction.jobs: error: {message}"
+    assert "to the log though no part of Python\n" in killed.log.read_text()
+    assert last_line(killed.log) == "killed by SIGKILL: was there enough memory?"
+    assert lines[2].startswith(f"[3/3] killed: killed by SIGKILL, see {killed.log} (")
+
+
+def test_a_refused_option_ends_a_job_with_its_status(tmp_path):
+    job = tiny_job(tmp_path / "a", WRITES, argv=("--nonsense",))
+    assert run_job(job.folder) == 2
+    assert last_line(job.log).startswith("writes: error: unrecognized arguments: --nonsense")
+
+
+@pytest.mark.parametrize(
+    "done", ["", "{}", "[]", "[" * 99999, '{"step0": {}}', '{"step0": []}', '{"step0": {"argv": 3, "seconds": 1}}']
+)
+def test_a_record_that_cannot_be_read_counts_as_not_done(tmp_path, done):
+    job = tiny_job(tmp_path / "a", WRITES)
+    assert run_job(job.folder) == 0
+    (job.folder / "done.json").write_text(done)
+    assert job.records() == {} and run_job(job.folder) == 0 and job.is_done
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "content"),
+    [
+        ("eval.json", "eval", b"{}"),
+        ("eval.json", "eval", b'{"detection": []}'),
+        ("eval.json", "eval", b"\xff"),
+        ("ablations.json", "benchmarks.ablations", b"{}"),
+        ("scores.npz", "eval", b""),
+        ("cvae.pkl", "train", b"PK\x03\x04 cut short"),
+        ("cvae.pkl.resume", "train", b"PK\x03\x04 cut short"),
+    ],
+)
+def test_what_nobody_can_read_is_made_again(tmp_path, capsys, name, module, content):
+    step = Step("one", module, (), (tmp_path / name.removesuffix(".resume"),))
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert not step.is_intact(path)
+    step.forget_broken()
+    assert not path.exists() and capsys.readouterr().out == f"{path} cannot be read: it is made again\n"
+
+
+def test_results_that_do_not_belong_together_are_one_line(tmp_path, reproduced):
+    from reproduction.tables import read_result
+
+    folder = reproduced / "partition1_seed1"
+    assert read_result("partition1", 1, folder / "eval.json", folder / "scores.npz").seed == 1
+    np.savez(tmp_path / "scores.npz", x=np.zeros(1))
+    expected = (
+        r"scores\.npz: lacks CMG-energy/1/last/IND test, of which .*eval\.json has figures: remove both and run it"
+    )
+    with pytest.raises(UserError, match=expected):
+        read_result("partition1", 1, folder / "eval.json", tmp_path / "scores.npz")
+    whole = (folder / "scores.npz").read_bytes()
+    (tmp_path / "scores.npz").write_bytes(whole[:300] + bytes(300) + whole[600:])
+    with pytest.raises(UserError, match=r"scores\.npz: is damaged: remove it and run the same command again$"):
+        read_result("partition1", 1, folder / "eval.json", tmp_path / "scores.npz")
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"a": 3}'])
+def test_a_queue_that_cannot_be_read_is_one_line(tmp_path, content):
+    (tmp_path / "queue.json").write_text(content)
+    expected = r"queue\.json: .*; expected the jobs in the queue; remove it once none of them waits or runs$"
+    with pytest.raises(UserError, match=expected):
+        ended([tiny_job(tmp_path / "a", WRITES)], tmp_path)
+
+
+def test_detectors_that_some_runs_left_out_are_reported_and_not_compared(reproduced):
+    from reproduction import tables
+
+    folders = [reproduced / f"partition1_seed{seed}" for seed in (1, 2)]
+    results = [
+        tables.read_result("partition1", seed, folder / "eval.json", folder / "scores.npz")
+        for seed, folder in enumerate(folders, start=1)
+    ]
+    rows = results[0].content["detection"]
+    results[0].content["detection"] = [row for row in rows if row["method"] != "KNN"]
+    for row in results[1].content["detection"]:
+        row["auroc"] = 1.0 if row["method"] == "KNN" else row["auroc"]
+    summary = tables.detection_summary(results)
+    assert {row["method"]: row["auroc"]["n"] for row in summary}["KNN"] == 1
+    assert "KNN" not in {one["best_baseline"] for one in tables.differences(results, summary)}
+    assert tables.notes(summary, {"KNN": "in 1 of 2 results (k=50)"}).endswith(
+        "\nKNN is left out in 1 of 2 results (k=50)."
+    )
 
 
 def test_free_gpus_take_one_job_each(monkeypatch):

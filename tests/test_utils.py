@@ -61,6 +61,14 @@ def test_a_number_is_taken_within_its_bounds_only(value):
             parse(repr(value))
 
 
+def test_what_is_counted_has_an_end():
+    assert utils.positive_int("2000000000") == 2 * 10**9
+    with pytest.raises(argparse.ArgumentTypeError, match="out of range: expected above 0 and at most 2,147,483,647$"):
+        utils.positive_int("1" * 30)
+    with pytest.raises(argparse.ArgumentTypeError, match="0 is out of range: expected above 0$"):
+        utils.positive_int("0")
+
+
 @pytest.mark.parametrize(("kind", "text", "word"), [(int, "1.5", "whole number"), (float, "a", "number")])
 def test_what_is_no_number_is_named(kind, text, word):
     with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not a {word}"):
