@@ -137,10 +137,13 @@ def memory_shortage(error: Exception) -> str | None:
 
 def less_memory(parser: argparse.ArgumentParser) -> str:
     """What to do about a shortage of memory: the options of a command that decide how much it takes."""
-    hungry = ("pseudo_pool", "pseudo_batch_size", "batch_size", "width", "image_size", "seeds")
+    hungry = ("pseudo_pool", "pseudo_batch_size", "batch_size", "width", "seeds")
     names = {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
     options = [names[dest] for dest in hungry if dest in names]
-    return f"lower {' or '.join(options)}" if options else "end other programs, or take a machine with more"
+    if not options:
+        return "end other programs, or take a machine with more"
+    *others, last = options
+    return f"lower {', '.join(others)} or {last}" if others else f"lower {last}"
 
 
 class MemoryShortage(MemoryError):
@@ -531,11 +534,14 @@ def check_writable(path: Path, room: int = 0) -> None:
     """Find out before the work starts that `path` can be written, with `room` bytes free.
 
     Raises:
-        UserError: it is a folder, its folder cannot be made or written, its name is too long, or the disk is too full.
+        UserError: it is a folder or no plain file, its folder cannot be made or written, its name is too long, or the
+            disk is too full.
     """
     path = Path(path)
     if os.path.isdir(path):
         raise UserError(f"cannot write {path}: it is a folder; name a file")
+    if os.path.exists(path) and not os.path.isfile(path):  # a file would take the place of a device
+        raise UserError(f"cannot write {path}: it is no plain file; name another")
     with writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

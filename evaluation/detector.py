@@ -95,15 +95,15 @@ def load_detector(path: Path, device: torch.device) -> Detector:
     Raises:
         UserError: the file is missing, damaged or something else.
     """
-    content, remedy = load_checkpoint(path), "make one with: python -m eval --mode MODE --save-detector FILE"
+    content, remedy = load_checkpoint(path), "Make one with: python -m eval --mode MODE --save-detector FILE"
     try:
         config = DetectorConfig(**content["detector"])
         model = MainModel(config.image_size, config.image_channels, config.logits, config.networks)
         model.load_state_dict(content["model"])
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError):
-        raise UserError(f"{path}: is no detector; {remedy}") from None
+        raise UserError(f"{path}: is no detector. {remedy}") from None
     known = isinstance(config.classes, tuple | list) and config.score in SCORES and isinstance(config.threshold, float)
     if not known or not 0 < len(config.classes) <= config.logits:
-        raise UserError(f"{path}: its classes, score and threshold do not go with its network; {remedy}")
-    check_finite(path, content["model"] | {"the threshold": config.threshold}, remedy.capitalize())
+        raise UserError(f"{path}: its classes, score and threshold do not go with its network. {remedy}")
+    check_finite(path, content["model"] | {"the threshold": config.threshold}, remedy)
     return Detector(model.to(device, memory_format=torch.channels_last), config)

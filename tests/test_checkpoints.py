@@ -183,11 +183,11 @@ def detector_content() -> dict:
     [
         ({"threshold": math.nan}, "the threshold is nan, expected a finite number. Make one with"),
         ({"threshold": -math.inf}, "the threshold is -inf, expected a finite number. Make one with"),
-        ({"threshold": None}, "its classes, score and threshold do not go with its network; make one with"),
-        ({"score": "another"}, "its classes, score and threshold do not go with its network; make one with"),
-        ({"classes": ("a", "b", "c", "d")}, "its classes, score and threshold do not go with its network; make one"),
-        ({"classes": 3}, "its classes, score and threshold do not go with its network; make one with"),
-        ({"networks": "nowhere"}, "is no detector; make one with"),
+        ({"threshold": None}, "its classes, score and threshold do not go with its network. Make one with"),
+        ({"score": "another"}, "its classes, score and threshold do not go with its network. Make one with"),
+        ({"classes": ("a", "b", "c", "d")}, "its classes, score and threshold do not go with its network. Make one"),
+        ({"classes": 3}, "its classes, score and threshold do not go with its network. Make one with"),
+        ({"networks": "nowhere"}, "is no detector. Make one with"),
     ],
 )
 def test_detectors_of_wrong_content_are_refused(tmp_path, changed, message):
@@ -203,7 +203,10 @@ def test_a_detector_with_a_weight_that_is_not_finite_is_refused(tmp_path):
     content = detector_content()
     content["model"]["classifier.fc2.bias"][1] = math.nan
     save_checkpoint(tmp_path / "d.pt", content)
-    with pytest.raises(UserError, match=r"d\.pt: 1 of the 3 values of classifier\.fc2\.bias are not finite\. Make one"):
+    with pytest.raises(
+        UserError,
+        match=r"d\.pt: 1 of the 3 values of classifier\.fc2\.bias are not finite\. Make one with: python",
+    ):
         load_detector(tmp_path / "d.pt", CPU)
 
 

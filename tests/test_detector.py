@@ -84,7 +84,7 @@ def test_other_images_are_refused(images, found):
 
 def test_what_is_no_detector_is_refused(tmp_path):
     save_checkpoint(tmp_path / "d.pt", MainModel(8, 1, 11, "mnist").state_dict())
-    with pytest.raises(UserError, match="is no detector; make one with: python -m eval --mode MODE --save-detector"):
+    with pytest.raises(UserError, match="is no detector. Make one with: python -m eval --mode MODE --save-detector"):
         load_detector(tmp_path / "d.pt", CPU)
 
 

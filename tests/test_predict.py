@@ -313,7 +313,7 @@ def test_names_that_are_no_text_are_written_as_they_are_and_printed_escaped(imag
         (["images", "--csv", "empty"], "cannot write empty: it is a folder; name a file"),
         (["images", "--detector", "nowhere.pt"], "nowhere.pt: no such file"),
         (["images", "--detector", "cut.pt"], "cut.pt: is no checkpoint or is damaged"),
-        (["images", "--detector", "other.pt"], "other.pt: is no detector; make one with: python -m eval --mode MODE"),
+        (["images", "--detector", "other.pt"], "other.pt: is no detector. Make one with: python -m eval --mode MODE"),
         (["images", "--device", "tpu9"], "--device tpu9: not a device; expected cpu, cuda or cuda:N"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -288,6 +288,14 @@ def test_names_are_shown_in_one_line():
     assert printable("caf\udce9 ±\n\x1b[31m") == "caf\\xe9 ±\\n\\x1b[31m"
 
 
+@pytest.mark.parametrize("path", [os.devnull, "pipe"])
+def test_devices_and_pipes_are_not_replaced(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    with pytest.raises(UserError, match=f"cannot write {path}: it is no plain file; name another$"):
+        check_writable(Path(path))
+
+
 def test_no_character_stops_a_command(tmp_path):
     """Neither one of ours nor one of a file's name, on a terminal that knows only ASCII."""
     code = (
