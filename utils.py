@@ -616,13 +616,16 @@ def read_json(path: Path, shape: object, what: str) -> dict:
 
 def fits(value: object, shape: object) -> bool:
     """Whether a value read back has a shape: a type, where float takes any finite number; [shape] for a list of any
-    length; a dict of the keys that it must have at least."""
+    length; a dict of the keys that it must have at least, but for those whose shape is in a tuple: (shape,)."""
     if isinstance(shape, dict):
-        return isinstance(value, dict) and all(key in value and fits(value[key], part) for key, part in shape.items())
+        return isinstance(value, dict) and all(
+            fits(value[key], part[0] if isinstance(part, tuple) else part) if key in value else isinstance(part, tuple)
+            for key, part in shape.items()
+        )
     if isinstance(shape, list):
         return isinstance(value, list) and all(fits(part, shape[0]) for part in value)
     if shape is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     return isinstance(value, shape)
 
 
@@ -658,6 +661,8 @@ def load_checkpoint(path: Path, remedy: str = "Make it again or fetch it again")
     from torch.serialization import safe_globals
 
     path, expected = Path(path), "expected a dict of tensors written by torch.save"
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # a pipe would be waited for
+        raise UserError(f"{path}: is no plain file; {expected}")
     try:
         open(path, "rb").close()  # apart: torch.load raises an OSError for a file that is cut short, too
     except FileNotFoundError:

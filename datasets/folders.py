@@ -404,7 +404,7 @@ def _fingerprint(root: Path, names: list[str], resize: bool) -> str:
 
 def _load_packed(cache: Path, key: str) -> np.ndarray | None:
     """The packed images if they are those of `key`; whatever else is there counts as nothing."""
-    if not cache.is_file():  # a pipe would be waited for
+    if not os.path.isfile(cache):  # a pipe would be waited for
         return None
     try:
         with np.load(cache, allow_pickle=False) as content:

@@ -10,10 +10,20 @@ from pathlib import Path
 
 from utils import read_json
 
-DETECTION_ROW = {"method": str, "ood_dataset": str, "seed": object, "at": str, "auroc": float}
+DETECTION_ROW = {"method": str, "ood_dataset": str, "seed": object, "at": str, "auroc": float} | dict.fromkeys(
+    ("fpr95", "aupr_out", "aupr_in"), (float,)
+)
 IND_ROW = {"method": str, "at": str, "accuracy": float, "ece": float}
 RUN = {"mode": str, "margins": object, "curve": [{"step": int, "auroc": dict}]}
-RESULT = {"task": str, "partition": str, "config": dict, "seeds": [int], "detection": [DETECTION_ROW], "ind": [IND_ROW]}
+RESULT = {
+    "task": str,
+    "partition": str,
+    "config": dict,
+    "seeds": [int],
+    "detection": [DETECTION_ROW],
+    "ind": [IND_ROW],
+    "left_out": (dict,),
+}
 REPORTED = RESULT | {  # with what pictures and pages show
     "config": {"loss_energy": str, "score_energy": str},
     "images": dict,

@@ -324,3 +324,9 @@ def test_whatever_a_decoder_stumbles_over_is_a_complaint(tmp_path, monkeypatch, 
     (chunk,) = read_chunks([path], 3, 32, 1, ahead=0)
     reason = str(error) or "NotImplementedError"
     assert chunk.complaints == [f"{path}: cannot be decoded ({reason}). Replace or remove it"]
+
+
+def test_a_folder_with_a_name_of_full_length_is_read_without_a_packed_file(tmp_path):
+    write_folder(tmp_path, "x" * 250, 2, size=8)
+    assert read_images(tmp_path / ("x" * 250), 3, 8)[0].shape == (2, 3, 8, 8)
+    assert [path.name for path in tmp_path.iterdir()] == ["x" * 250]

@@ -260,6 +260,12 @@ def test_a_file_that_one_may_not_read_is_not_called_damaged(tmp_path, monkeypatc
     assert str(refusal.value) == f"{path}: cannot be read (Permission denied); expected a file you may read"
 
 
+def test_a_pipe_is_no_checkpoint_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"pipe: is no plain file; expected a dict of tensors written by torch\.save$"):
+        load_checkpoint(tmp_path / "pipe")
+
+
 def test_a_folder_is_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match=r"cannot be read \(Is a directory\); expected a file you may read$"):
         load_checkpoint(tmp_path)
@@ -394,6 +400,8 @@ def test_no_json_holds_what_is_no_number(tmp_path, bad):
         ("{}", "holds something else; expected a result"),
         ('{"rows": [{"auroc": NaN}]}', "holds something else; expected a result"),
         ('{"rows": [{"auroc": "0.5"}]}', "holds something else; expected a result"),
+        ('{"rows": [{"auroc": 1%s}]}' % ("0" * 400), "holds something else; expected a result"),
+        ('{"rows": [{"auroc": 1, "fpr95": "0"}]}', "holds something else; expected a result"),
         ('{"rows": [{"auroc": true}]}', "holds something else; expected a result"),
         ('{"rows": {"auroc": 1}}', "holds something else; expected a result"),
         (None, "No such file or directory; expected a result"),
@@ -404,7 +412,7 @@ def test_a_json_file_of_wrong_content_is_named(tmp_path, content, message):
     if content is not None:
         path.write_text(content)
     with pytest.raises(UserError) as refusal:
-        read_json(path, {"rows": [{"auroc": float}]}, "a result")
+        read_json(path, {"rows": [{"auroc": float, "fpr95": (float,)}]}, "a result")
     assert str(refusal.value) == f"{path}: {message}"
 
 
