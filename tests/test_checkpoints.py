@@ -124,6 +124,13 @@ def test_other_files_of_ours_are_not_taken_for_a_network(tmp_path, content, what
         read_state(tmp_path / "c.pkl", "the classifier", "REMEDY")
 
 
+@pytest.mark.parametrize("share", ["0.1", None, math.nan])
+def test_a_damaged_record_of_how_a_network_was_made_is_one_line(tmp_path, share):
+    save_network(tmp_path / "c.pkl", build_classifier(TASK), {"val_fraction": share})
+    with pytest.raises(UserError, match=r"c\.pkl: what it says of how it was made is damaged\. REMEDY$"):
+        load(tmp_path / "c.pkl", build_classifier(TASK))
+
+
 # --- not finite ---------------------------------------------------------------------------------
 
 

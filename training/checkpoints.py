@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from utils import UserError, check_finite, load_checkpoint, save_checkpoint
+from utils import UserError, check_finite, fits, load_checkpoint, save_checkpoint
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # where others put a state dict beside what else they save
 PREFIXES = ("module.", "_orig_mod.")  # of nn.DataParallel and torch.compile
@@ -102,6 +102,8 @@ def weights_within(content: dict, place: str = "") -> list[str]:
 def fill_network(path: Path, state: dict, model: nn.Module, what: str, expected: dict, remedy: str) -> dict:
     """The second half of `load_network`: check the state dict read from `path` and load it strictly."""
     origin = origin_of(state)
+    if not fits(origin, {"val_fraction": (float,)}):
+        raise UserError(f"{path}: what it says of how it was made is damaged. {remedy}")
     for key, value in expected.items():
         if origin.get(key, value) != value:
             raise UserError(f"{path}: was made for {key} {origin[key]}, expected {value}. {remedy}")
