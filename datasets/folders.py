@@ -30,6 +30,9 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".ti
 MODES = {1: "L", 3: "RGB"}  # what Pillow calls images of that many channels
 EIGHT_BIT = {"1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr"}
 SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L", "I;16N"}  # grey, which Pillow would clip to 8 bits instead of scaling it
+# Where Pillow keeps EXIF and XMP data of the formats that have them; TIFF files it turns upright itself.
+TOLD_IN = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
+KNOWN_MODES = EIGHT_BIT | SIXTEEN_BIT
 THREADS = min(8, os.cpu_count() or 1)
 BLOCK = 512  # images handed to the threads at once
 PIECE = 32  # images that one of several threads decodes in one go
@@ -298,14 +301,16 @@ def decoded(path: Path, size: int | None = None) -> Iterator:
     remedy = "Replace or remove it"
     try:
         with open_file(path) as image, _one_at_a_time if math.prod(image.size) > MANY_PIXELS else nullcontext():
-            shape = f"{path}: is {image.width}x{image.height} pixels; expected"
-            if size is not None and image.size != (size, size):
-                raise UserError(f"{shape} {size}x{size}. {remedy}")
+            wanted = None
             if not 0 < math.prod(image.size) <= MOST_PIXELS:
-                raise UserError(f"{shape} 1 to {MOST_PIXELS:,} in all. {remedy}")
+                wanted = f"1 to {MOST_PIXELS:,} in all"
+            if size is not None and image.size != (size, size):
+                wanted = f"{size}x{size}"
+            if wanted:
+                raise UserError(f"{path}: is {image.width}x{image.height} pixels; expected {wanted}. {remedy}")
             image.load()
             low, high = image.getextrema() if image.mode == "I" else (0, 0)
-            if image.mode not in EIGHT_BIT | SIXTEEN_BIT or low < 0 or high >> 16:
+            if image.mode not in KNOWN_MODES or low < 0 or high >> 16:
                 raise UserError(
                     f"{path}: has pixels of mode {image.mode}; expected 8 or 16 bits per channel. Convert or remove it"
                 )
@@ -325,6 +330,8 @@ def decoded(path: Path, size: int | None = None) -> Iterator:
 
 def upright(image):
     """A decoded PIL image turned as its EXIF or XMP data say that it is to be looked at."""
+    if not TOLD_IN & image.info.keys():  # most images; asking Pillow takes as long as decoding a small one
+        return image
     from PIL import ExifTags, Image
 
     turns = Image.Transpose
@@ -349,10 +356,10 @@ def open_file(path: Path):
     plain from its first bytes, is opened directly."""
     from PIL import Image, PngImagePlugin
 
-    if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
-        raise UserError(f"{path}: is no plain file. Remove it")
-    file = os.open(path, os.O_RDONLY)
+    file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe would be waited for
     try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise UserError(f"{path}: is no plain file. Remove it")
         content = os.read(file, SMALL)
     finally:
         os.close(file)
