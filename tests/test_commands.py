@@ -27,8 +27,9 @@ from datasets import obtain
 from datasets.archives import FetchError
 from datasets.datasetsHelper import load_ind
 from datasets.sources import SOURCES
-from datasets.tasks import TASKS
+from datasets.tasks import TASKS, default_checkpoint
 from evaluation import summarise
+from evaluation.baselines import POST_HOC
 from evaluation.plots import tile
 from figure import samples
 from tests import tiny_data
@@ -434,7 +435,7 @@ def test_a_malicious_checkpoint_does_not_run(digits, capsys):
     state = load_checkpoint(Path(CLASSIFIER))
     state["classifier.fc2.bias"] = Payload()
     torch.save(state, CLASSIFIER)
-    assert f"{CLASSIFIER}: holds objects that could run code" in error_of(capsys, eval)
+    assert f"{CLASSIFIER}: holds posix.mkdir, which could run code; expected" in error_of(capsys, eval)
     assert not Path("ran").exists()
 
 
@@ -484,9 +485,23 @@ def test_names_of_results_say_what_was_changed():
     assert name("--baselines", "KNN", "ViM") == "t_p_m_seed1-2_baselines-KNN-ViM.json"
 
 
-def test_a_default_name_that_is_too_long_is_found_before_the_work(workplace, capsys):
-    line = error_of(capsys, eval, "--seeds", *range(100))
-    assert re.search(r"cannot write results/.*_seed0-1-.*-99\.json: the name is too long; give a shorter one$", line)
+def test_a_name_that_is_too_long_is_found_before_the_work(workplace, capsys):
+    line = error_of(capsys, eval, "--output", f"results/{'x' * 250}.json")
+    assert re.search(r"cannot write results/x+\.json: the name is too long; give a shorter one$", line)
+
+
+def test_default_names_stay_short_whatever_the_options():
+    modes, args = ["CMG-energy"], ("same_dataset_digits", "partition1")
+    assert eval.default_output(*args, modes, [123], "").name == "same_dataset_digits_partition1_CMG-energy_seed123.json"
+    parser = eval.get_parser()
+    found = []
+    for sigma in ("1", "2"):
+        argv = ["--baselines", *list(POST_HOC)[1:], "--ood-dir", "x/" + "y" * 250, "--sigma", sigma]
+        changed = changed_options(parser.parse_args(argv), parser, eval.NAMED)
+        found.append(eval.default_output(*args, modes, list(range(200)), changed).name)
+    long = [f"{'custom_' + 'z' * 300}_3x32", "all"]
+    found += [default_checkpoint(*long, command).name for command in ("train_classifier", "train_cvae")]
+    assert len(set(found)) == 4 and all(len(name) <= 125 for name in found)
 
 
 # --- errors: data -------------------------------------------------------------------------------

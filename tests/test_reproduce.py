@@ -736,12 +736,12 @@ def test_a_table_names_its_ood_sets_where_there_are_several():
 
 
 @pytest.mark.parametrize("damaged", ["eval.json", "scores.npz"])
-def test_a_damaged_result_is_named(tmp_path, damaged):
-    (tmp_path / "eval.json").write_text("{}")
-    np.savez(tmp_path / "scores.npz", a=np.zeros(3))
-    content = (tmp_path / damaged).read_bytes()
-    (tmp_path / damaged).write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="eval.json or .*scores.npz is damaged: remove both and run the same command"):
+def test_a_damaged_result_is_named(tmp_path, reproduced, damaged):
+    whole = reproduced / "partition1_seed1"
+    for name in ("eval.json", "scores.npz"):
+        content = (whole / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: len(content) // (1 + (name == damaged))])
+    with pytest.raises(UserError, match=rf"{damaged}: is (no JSON or is )?damaged[:;] "):
         read_result("partition1", 1, tmp_path / "eval.json", tmp_path / "scores.npz")
 
 
