@@ -5,86 +5,40 @@
     python -m predict --detector detector.pt folder --csv predictions.csv
 
 Images may have any size, in grey or colour: they are brought to what the detector takes. Folders are searched at any
-depth, hidden files left out. A file that cannot be decoded is named and left out; the exit status is 1 then.
+depth, hidden files left out. A file that cannot be decoded and a folder that cannot be searched are named and left out;
+the exit status is 1 then.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from utils import UserError, add_device_arguments, check_outputs, positive_int, run_command
+from cli.errors import run_command
+from cli.options import add_device_arguments, positive_int
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER", help="what is to be judged")
-    parser.add_argument("--detector", type=Path, required=True, help="file that eval --save-detector wrote")
-    parser.add_argument("--csv", type=Path, help="write the predictions to this file instead of the terminal")
     parser.add_argument(
-        "--batch-size", type=positive_int, help="images at once through the network (default: by the device)"
+        "images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER", help="Image or folder of images to judge"
+    )
+    parser.add_argument("--detector", type=Path, required=True, help="File that eval --save-detector wrote")
+    parser.add_argument("--csv", type=Path, help="Write the predictions to this file instead of the terminal")
+    parser.add_argument(
+        "--batch-size", type=positive_int, help="Images at once through the network (default: by the device)"
     )
     add_device_arguments(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> int:
-    from evaluation.detector import load_detector
-    from evaluation.predictions import VERDICTS, format_predictions, predict_files, write_csv
-    from models.inference import CHUNK
-    from utils import Progress, pick_device, pick_precision
+    from cmg.predict import predict
 
-    paths = image_files(args.images)
-    if args.csv:
-        check_outputs(args.csv, inputs=[args.detector, *paths])
-    device = pick_device(args.device)
-    detector = load_detector(args.detector, device)
-    # Without --csv the output is the table, which lines of progress would spoil where it is redirected.
-    progress = Progress(len(paths), "predicting", enabled=bool(args.csv) or sys.stderr.isatty())
-    count, precision = args.batch_size or CHUNK[device.type], pick_precision(args.precision, device)
-    predictions = predict_files(detector, paths, count, precision, progress)
-    progress.close()
-
-    errors = [prediction.error for prediction in predictions if prediction.error]
-    for error in errors:
-        print(f"predict: {error}", file=sys.stderr)
-    if args.csv:
-        write_csv(args.csv, predictions)
-        print(f"wrote {args.csv}")
-    else:
-        print(f"{format_predictions(predictions)}\n")
-    changed = sum(prediction.changed for prediction in predictions)
-    if changed:
-        size, colour = detector.config.image_size, "grey" if detector.config.image_channels == 1 else "colour"
-        print(f"brought to {size}x{size} pixels in 8-bit {colour}: {changed:,} of {len(paths) - len(errors):,}")
-    verdicts = [prediction.verdict for prediction in predictions]
-    counts = [f"{verdicts.count(verdict):,} {verdict}" for verdict in VERDICTS]
-    counts += [f"{len(errors):,} unreadable"] if errors else []
-    print(f"{len(paths):,} image{'s' * (len(paths) > 1)}: {', '.join(counts)}; {detector.config.rule()}")
-    return 1 if errors else 0
-
-
-def image_files(paths: Sequence[Path]) -> list[Path]:
-    """The files named and those in the folders named, each once; a folder's in the order of their names.
-
-    Raises:
-        UserError: there is no such file or folder, or a folder holds no images.
-    """
-    from datasets.folders import find_images
-
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            files += [path / name for name in find_images(path)]
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise UserError(f"{path}: no such file or folder; expected an image or a folder of images")
-    return list(dict.fromkeys(files))
+    return predict(args.images, args.detector, args.csv, args.batch_size, args.device, args.precision)
 
 
 if __name__ == "__main__":

@@ -14,41 +14,45 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import MISSING
 from pathlib import Path
 
 import eval
 import train
-from benchmarks import ablations
-from datasets.tasks import add_data_arguments, task_from_arguments, task_names
-from evaluation.baselines import POST_HOC
-from reproduction.jobs import Job, Step, last_line
-from training.options import check_options, option, parse_options
-from utils import (
-    UserError,
+from cli.errors import UserError, run_command
+from cli.files import check_writable, short_name
+from cli.options import (
     add_machine_arguments,
-    check_writable,
-    counted,
+    check_options,
+    flag,
+    option_fields,
+    parse_options,
     pick_all,
-    pick_device,
     positive_int,
-    run_command,
 )
+from cli.progress import counted
+from cmg.losses import MODES
+from datasets.tasks import add_data_arguments, experiment_from_arguments, task_names
+from reproduction import ablations
+from reproduction.jobs import Job, Step, last_line
+from training.config import LoopConfig, TrainingOptions
 
 ABLATION_SEEDS = ("1", "2", "3")
 SAMPLES, ABLATIONS = "samples.png", "ablations.json"
 SHARED = ("task", "ind_dir", "ood_dir", "image_size", "grey", "ood_dataset", "baselines", "device", "data_dir")
 FILES = ("output", "save_scores", "params_dict_name", "params_dict_name2")
 REFUSED = {  # options of the steps that are not for the user to hand on -> what to do instead
-    **{name: f"give {option(name)} to reproduce itself" for name in SHARED},
-    **dict.fromkeys(("seed", "seeds"), "give --seeds to reproduce itself: how many"),
-    **dict.fromkeys(FILES, "give --output to reproduce itself: the folder of all files"),
+    **{name: f"give {flag(name)} to reproduce itself" for name in SHARED},
+    **dict.fromkeys(("seed", "seeds"), "give --seeds, their number, to reproduce itself"),
+    **dict.fromkeys(FILES, "give --output, the folder of all files, to reproduce itself"),
     "partition": "give --partitions to reproduce itself",
     "mode": "give --modes to reproduce itself",
     "command": "--classifier-args and --cvae-args are for one network each",
     "save_detector": "every job would write the same file; run eval on the networks of one",
     **dict.fromkeys(("log", "tensorboard"), "every job has logs of its own, NETWORK.jsonl in its folder"),
 }
-DECIDES = ("epochs", "batch_size", "lr", "warmup", "val_fraction")  # what train makes, beside the task and the seed
+TRAINING = option_fields(LoopConfig) | option_fields(TrainingOptions)
+DECIDES = [name for name in TRAINING if name not in ("seed", "kl_weight")]  # what train makes, beside task and seed
 READERS = {  # step -> its command, and what that checks before the work beside what the parser does
     "eval": (eval, eval.read_run),
     "ablations": (ablations, ablations.read_arguments),
@@ -59,49 +63,52 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "reproduce", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--task", choices=task_names(), default=task_names()[0], help="(default: %(default)s)")
+    parser.add_argument(
+        "--task",
+        choices=task_names(),
+        default=task_names()[0],
+        help="What is IND and what is OOD (default: %(default)s)",
+    )
     add_machine_arguments(parser)
     parser.set_defaults(partition=None)
-    parser.add_argument("--partitions", nargs="+", default=["all"], help="(default: all)")
-    parser.add_argument("--seeds", type=positive_int, default=5, help="how many: 1, 2, … (default: %(default)s)")
-    parser.add_argument("--modes", nargs="+", choices=[*eval.MODE_NAMES, "all"], default=["all"], help="(default: all)")
+    parser.add_argument("--partitions", nargs="+", default=["all"], help="Partitions to run (default: all)")
+    parser.add_argument(
+        "--seeds", type=positive_int, default=5, help="Number of training seeds: 1, 2, … (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--modes", nargs="+", choices=[*MODES, "all"], default=["all"], help="Modes of CMG (default: all)"
+    )
     parser.add_argument("--ood-dataset", nargs="+", default=["all"], help="OOD sets (default: all of the task)")
+    eval.add_baselines_argument(parser)
     parser.add_argument(
-        "--baselines",
-        nargs="*",
-        choices=list(POST_HOC),
-        metavar="NAME",
-        help="post-hoc detectors of pytorch-ood on the same classifiers and images (without a name: all)",
+        "--ablations", action="store_true", help="Also run reproduction.ablations on the first partition and seed"
     )
-    parser.add_argument(
-        "--ablations", action="store_true", help="benchmarks.ablations on the first partition and seed, too"
-    )
-    parser.add_argument("--output", type=Path, help="folder (default: results/TASK)")
-    for network in ("classifier", "cvae"):
-        parser.add_argument(f"--{network}-args", default="", help="further options of train, quoted")
-    parser.add_argument("--eval-args", default="", help="further options of eval, quoted")
+    parser.add_argument("--output", type=Path, help="Folder of all files (default: results/TASK)")
+    for network, name in {"classifier": "classifier", "cvae": "CVAE"}.items():
+        parser.add_argument(f"--{network}-args", default="", help=f"Further options of train for the {name}, in quotes")
+    parser.add_argument("--eval-args", default="", help="Further options of eval, in quotes")
     where = parser.add_argument_group("where the jobs run")
-    where.add_argument("--launcher", choices=["local", "slurm"], default="local", help="(default: %(default)s)")
+    where.add_argument(
+        "--launcher", choices=["local", "slurm"], default="local", help="Where the jobs run (default: %(default)s)"
+    )
     where.add_argument(
         "--jobs",
         type=positive_int,
-        help="at a time, of local (default: one for each free GPU, or 2 that share the cores)",
+        help="Jobs at a time (default: one for each free GPU, or 2 that share the cores)",
     )
     where.add_argument(
         "--slurm",
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help="parameters of submitit, such as timeout_min=240 slurm_partition=gpu gpus_per_node=1 mem_gb=32",
+        help="Parameters of submitit, such as timeout_min=240 slurm_partition=gpu gpus_per_node=1 mem_gb=32",
     )
     add_data_arguments(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    from reproduction import launchers
-    from reproduction.report import write_report
-    from reproduction.tables import read_result
+    from reproduction import launchers, report, tables
 
     start = time.monotonic()
     if args.slurm and args.launcher != "slurm":
@@ -118,14 +125,12 @@ def main(args: argparse.Namespace) -> None:
         f"{task_name}: {counted(len(jobs), 'job')}, {len(jobs) - len(waiting)} done already; results in {folder}",
         flush=True,
     )
-    if args.launcher == "local":
-        pick_device(args.device)
     if waiting and args.launcher == "slurm":
         for job in launchers.ended(waiting, folder / "slurm"):
-            print(f"{job.name} ended without its results: {last_line(job.log)} (log: {job.log}); it is submitted again")
+            print(f"{job.name} ended without its results: {last_line(job.log)} (log: {job.log}); submitting it again")
         numbers = launchers.submit(waiting, folder / "slurm", **slurm_parameters(args.slurm))
         print(f"in the queue: {', '.join(f'{name} as {number}' for name, number in numbers.items())}")
-        print("Run the same command again to see how far they are, and for the tables of what is done")
+        print("Run the same command again to see how far they are and to get the tables of what is done")
     elif waiting:
         launchers.run_local(waiting, launchers.local_slots(args.device, args.jobs))
 
@@ -133,7 +138,7 @@ def main(args: argparse.Namespace) -> None:
     for job in left if args.launcher == "local" else ():
         print(f"{job.name} failed: {last_line(job.log)} (log: {job.log})")
     if done:
-        results = [read_result(*job_of(job), *outputs(job.folder)) for job in done]
+        results = [tables.read_result(*job_of(job), *outputs(job.folder)) for job in done]
         about = {
             "task": task_name,
             "command": shlex.join(["python", "-m", "reproduce", *args.argv]),
@@ -146,21 +151,22 @@ def main(args: argparse.Namespace) -> None:
         }
         # The pictures of the first job are of the same networks as the first result only once it is done.
         samples, changes = (jobs[0].folder / name if jobs[0].is_done else None for name in (SAMPLES, ABLATIONS))
-        print(f"\n{write_report(folder, about, results, samples, changes if args.ablations else None)}\n")
+        print(f"\n{report.write_report(folder, about, results, samples, changes if args.ablations else None)}\n")
         print(f"wrote {folder}/table.md, table.csv, table.json and report.html")
     if left and args.launcher == "local":
         raise UserError(
-            f"{len(left)} of {len(jobs)} jobs failed: mend what their logs say and run the same command again"
+            f"{len(left)} of {len(jobs)} jobs failed: fix what their logs report and run the same command again"
         )
 
 
 def make_jobs(args: argparse.Namespace) -> tuple[str, list[Job]]:
     """The name of the task and its jobs, one for each partition and training seed. Raises `UserError`."""
-    task_name, task, _ = task_from_arguments(args)
+    experiment = experiment_from_arguments(args)
+    task_name, task = experiment.name, experiment.task
     partitions = pick_all("--partitions", args.partitions, list(task.partitions), task_name)
-    modes = pick_all("--modes", args.modes, eval.MODE_NAMES, task_name)
+    modes = pick_all("--modes", args.modes, list(MODES), task_name)
     ood_names = pick_all("--ood-dataset", args.ood_dataset, task.ood_datasets, task_name)
-    root = args.output or Path("results") / task_name
+    root = args.output or Path("results") / short_name(task_name)
     which = [*(task.options or ("--task", task_name))]
     which += [word for ood_dir in args.ood_dir for word in ("--ood-dir", str(ood_dir))]
     which += ["--precision", args.precision] if args.precision != "auto" else []
@@ -196,7 +202,7 @@ def make_jobs(args: argparse.Namespace) -> tuple[str, list[Job]]:
                 steps.append(Step("samples", "figure.samples", drawn, (folder / SAMPLES,)))
             if not jobs and args.ablations:
                 options = ("--seeds", *ABLATION_SEEDS, "--output", str(folder / ABLATIONS), *more["eval"])
-                steps.append(Step("ablations", "benchmarks.ablations", (*tested, *options), (folder / ABLATIONS,)))
+                steps.append(Step("ablations", "reproduction.ablations", (*tested, *options), (folder / ABLATIONS,)))
             jobs.append(Job(folder, tuple(steps), tuple(machine)))
     return task_name, jobs
 
@@ -231,23 +237,30 @@ def check_networks(jobs: Sequence[Job]) -> None:
             if step.module != "train" or step.name not in recorded or not all(path.is_file() for path in step.outputs):
                 continue
             try:
-                then = vars(parse_options(step.name, train.get_parser(), recorded[step.name]["argv"]))
+                then = training_options(step.name, recorded[step.name]["argv"])
             except UserError:  # options of another version
                 continue
-            now = vars(parse_options(step.name, train.get_parser(), step.argv))
-            # None is the task's own value, which may have been written out on the other side.
+            now = training_options(step.name, step.argv)
+            # MISSING is the task's own value, which may have been written out on the other side.
+            pairs = {name: (then[name], now[name]) for name in DECIDES}
             differ = [
-                option(name) for name in DECIDES if then[name] != now[name] and None not in (then[name], now[name])
+                flag(name, TRAINING) for name, pair in pairs.items() if MISSING not in pair and pair[0] != pair[1]
             ]
-            if differ and not now["restart"]:
+            if differ and "--restart" not in step.argv:
                 raise UserError(
-                    f"{job.folder} holds networks made with another {', '.join(differ)}: give the options of then, "
+                    f"{job.folder} holds networks made with another {', '.join(differ)}: give the same options, "
                     "name another --output, or remove the folder"
                 )
 
 
+def training_options(flag: str, argv: Sequence[str]) -> dict[str, object]:
+    """The values of `DECIDES` in the options of train. Raises `UserError`, which names `flag`."""
+    given = vars(parse_options(flag, train.get_parser(), argv))
+    return {name: TRAINING[name].default if given[name] is None else given[name] for name in DECIDES}
+
+
 def outputs(folder: Path) -> tuple[Path, Path]:
-    """What eval writes in the folder of a job: figures and scores."""
+    """What eval writes in the folder of a job: metrics and scores."""
     return folder / "eval.json", folder / "scores.npz"
 
 

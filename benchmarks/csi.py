@@ -12,7 +12,19 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils import add_device_arguments, autocast, environment, pick_device, pick_precision, positive_int, run_command
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "CSI+CMG"))
+
+from csi.augmentation import make_views  # noqa: E402
+from csi.network import CSINet  # noqa: E402
+from csi.stages import TRAININGS  # noqa: E402
+
+from benchmarks.measure import in_turn, print_json  # noqa: E402
+from cli.errors import run_command  # noqa: E402
+from cli.options import add_device_arguments, positive_int  # noqa: E402
+from datasets.datasetsHelper import to_float  # noqa: E402
+from utils import autocast, environment, pick_precision, start_computing
 
 CLASSES = 10
 
@@ -21,31 +33,21 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "benchmarks.csi", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="16 images and 2 repeats instead of 128 and 10")
-    parser.add_argument("--batch-size", type=positive_int, help="images per step, of 8 views each")
-    parser.add_argument("--repeats", type=positive_int)
-    parser.add_argument("--width", type=positive_int, default=64, help="channels of the first stage (default: 64)")
+    parser.add_argument("--quick", action="store_true", help="Take 16 images and 2 repeats instead of 128 and 10")
+    parser.add_argument("--batch-size", type=positive_int, help="Images per step, of 8 views each")
+    parser.add_argument("--repeats", type=positive_int, help="Rounds, of which the median counts (default: 10)")
+    parser.add_argument("--width", type=positive_int, default=64, help="Channels of the first stage (default: 64)")
     add_device_arguments(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    import torch
-
-    from benchmarks.measure import in_turn, print_json
-
-    sys.path.append(str(Path(__file__).resolve().parents[1] / "CSI+CMG"))
-    from csi.augmentation import make_views
-    from csi.network import CSINet
-    from csi.stages import STAGES
-    from datasets.datasetsHelper import to_float
-
-    device = pick_device(args.device)
+    device = start_computing(args.device)
     precision = pick_precision(args.precision, device)
     count, repeats = args.batch_size or (16 if args.quick else 128), args.repeats or (2 if args.quick else 10)
     torch.manual_seed(0)
     model = CSINet(CLASSES, args.width).to(device, memory_format=torch.channels_last)
-    stage = STAGES["sup_simclr_CSI"]
+    stage = TRAININGS["sup_simclr_CSI"]
     optimizer, objective = stage.prepare(model, 1.0), stage.objective(CLASSES)
     images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, device=device)
     labels = torch.arange(count, device=device) % CLASSES

@@ -65,6 +65,6 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(seconds(lambda: a @ a, device) for _ in range(5)) / 1e12
 
 
-def print_json(figures: dict) -> None:
+def print_json(result: dict) -> None:
     """The last line of every benchmark."""
-    print(json.dumps(figures))
+    print(json.dumps(result))

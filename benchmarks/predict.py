@@ -15,7 +15,20 @@ import sys
 import tempfile
 from pathlib import Path
 
-from utils import add_device_arguments, positive_int, run_command
+import torch
+from PIL import Image
+
+from benchmarks.measure import in_turn, peak_mib, print_json
+from cli.errors import run_command
+from cli.options import add_device_arguments, positive_int
+from cmg.config import FineTuneConfig
+from cmg.detector import CMGDetector
+from cmg.predict import image_files, predict_files, write_csv
+from datasets import tasks
+from datasets.datasetsHelper import to_float
+from models.inference import CHUNK, in_chunks
+from training.train_classifier import build_classifier
+from utils import environment, pick_precision, start_computing
 
 TASKS = ("same_dataset_mnist", "same_dataset_cifar10")
 
@@ -24,29 +37,24 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "benchmarks.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="few images, one round: seconds, rough figures")
-    parser.add_argument("--task", choices=TASKS, default=TASKS[0], help="whose networks (default: %(default)s)")
-    parser.add_argument("--images", type=positive_int, help="(default: 10,000; 500 with --quick)")
-    parser.add_argument("--rounds", type=positive_int, help="of which the median counts (default: 3; 1)")
+    parser.add_argument("--quick", action="store_true", help="Few images, one round: seconds, rough numbers")
+    parser.add_argument(
+        "--task", choices=TASKS, default=TASKS[0], help="Task whose networks are taken (default: %(default)s)"
+    )
+    parser.add_argument("--images", type=positive_int, help="Number of images (default: 10,000; 500 with --quick)")
+    parser.add_argument(
+        "--rounds", type=positive_int, help="Rounds, of which the median counts (default: 3; 1 with --quick)"
+    )
     add_device_arguments(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    import torch
-
-    from benchmarks.measure import in_turn, peak_mib, print_json
-    from datasets.datasetsHelper import to_float
-    from evaluation.predictions import predict_files, write_csv
-    from models.inference import CHUNK, in_chunks
-    from predict import image_files
-    from utils import environment, pick_device, pick_precision
-
-    device = pick_device(args.device)
+    device = start_computing(args.device)
     precision = pick_precision(args.precision, device)
     count, rounds = args.images or (500 if args.quick else 10_000), args.rounds or (1 if args.quick else 3)
-    detector = untrained_detector(args.task, device)
-    channels, size = detector.config.image_channels, detector.config.image_size
+    detector = untrained_detector(args.task, device, precision)
+    channels, size = detector.model.image_channels, detector.model.image_size
     images = torch.randint(256, (count, channels, size, size), generator=torch.Generator().manual_seed(0))
     resident = to_float(images.to(torch.uint8)).to(device)
     with tempfile.TemporaryDirectory() as name:
@@ -54,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
         write_pngs(folder, images.to(torch.uint8).numpy())
 
         def run_predict():
-            predictions = predict_files(detector, image_files([folder]), CHUNK[device.type], precision)
+            predictions = predict_files(detector, image_files([folder])[0], CHUNK[device.type])
             write_csv(Path(name) / "predictions.csv", predictions)
 
         def run_floor():
@@ -78,34 +86,17 @@ def main(args: argparse.Namespace) -> None:
     )
 
 
-def untrained_detector(task_name: str, device):
-    """A detector of the task's size, whose weights are chance."""
-    import torch
-
-    import datasets.tasks
-    from evaluation.detector import Detector, DetectorConfig
-    from training.train_classifier import build_classifier
-
+def untrained_detector(task_name: str, device: torch.device, precision: str) -> CMGDetector:
+    """A detector of the task's size, with random weights."""
     torch.manual_seed(0)
-    task = datasets.tasks.TASKS[task_name]
-    config = DetectorConfig(
-        task=task_name,
-        classes=task.class_names("partition1"),
-        image_size=task.image_size,
-        image_channels=task.image_channels,
-        logits=task.logits,
-        networks=task.networks,
-        score="CMG-energy",
-        threshold=0.0,
-        threshold_from="no",
-    )
-    return Detector(build_classifier(task).to(device, memory_format=torch.channels_last), config)
+    model = build_classifier(tasks.TASKS[task_name]).to(device, memory_format=torch.channels_last)
+    detector = CMGDetector(model, None, FineTuneConfig(num_ind=6, sigma=1.0, precision=precision))
+    detector.adopt(model.classifier.state_dict()).threshold = 0.0
+    return detector
 
 
 def write_pngs(folder: Path, images) -> None:
     """Images, uint8 [N, C, S, S], as the files 00000.png, 00001.png, …"""
-    from PIL import Image
-
     folder.mkdir()
     for number, image in enumerate(images):
         array = image[0] if len(image) == 1 else image.transpose(1, 2, 0)

@@ -5,6 +5,8 @@
 plain: a torchvision-style data set of PIL images, ToTensor, DataLoader, fp32 whatever --precision, ordinary Adam, and
 the layers of the networks one after the other.
 floor: forward, backward and optimizer step on one batch that is already there, in our precision.
+matmul_share: how fast our loop computes, of the rate of one large matrix product in the same precision.
+--compile adds our loop with the network compiled, --profile the shares of our loop's time that its parts take.
 The last line is a JSON object, one entry per network.
 """
 
@@ -14,9 +16,27 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from multiprocessing import get_context
 
-from utils import UserError, add_device_arguments, positive_int, run_command
+import torch
+from torch.nn import functional as F
+from torch.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+from torchvision.datasets import VisionDataset
+from torchvision.transforms.functional import to_pil_image
+
+from benchmarks.measure import in_turn, matmul_tflops, peak_mib, plainly, print_json
+from cli.errors import UserError, run_command
+from cli.options import add_device_arguments, positive_int
+from datasets.datasetsHelper import Images
+from datasets.tasks import TASKS
+from training.config import LoopConfig
+from training.loop import Recorder, fit
+from training.processes import Processes
+from training.stages import STAGES
+from utils import autocast, environment, pick_device, pick_precision, tune_processor
 
 NETWORKS = {
     "mnist_classifier": ("same_dataset_mnist", "train_classifier"),
@@ -25,24 +45,34 @@ NETWORKS = {
     "cifar10_cvae": ("same_dataset_cifar10", "train_cvae"),
 }
 
+# Where the time goes: the first whose word is in the name of an operation, or else of one that calls it.
+PROFILE = {
+    "products": ("conv", "mm", "linear", "mv"),
+    "batch_norm": ("batch_norm",),
+    "activations": ("relu", "clamp", "threshold", "sigmoid"),
+    "dropout": ("dropout",),
+    "optimizer": ("adam",),
+}
+
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "benchmarks.stage1", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="small batches: under a minute, rough figures")
+    parser.add_argument("--quick", action="store_true", help="Small batches: under a minute, rough numbers")
     add_device_arguments(parser)
-    parser.add_argument("--network", nargs="+", choices=list(NETWORKS), default=list(NETWORKS), help="(default: all)")
-    parser.add_argument("--batch-size", type=positive_int, help="(default: 512, the method's; 64 with --quick)")
-    parser.add_argument("--steps", type=positive_int, help="steps per round (default: 4, on a GPU 40; 2 with --quick)")
-    parser.add_argument("--rounds", type=positive_int, help="rounds, of which the median counts (default: 3; 1)")
+    parser.add_argument(
+        "--network", nargs="+", choices=list(NETWORKS), default=list(NETWORKS), help="Networks (default: all)"
+    )
+    parser.add_argument("--batch-size", type=positive_int, help="Images per step (default: 512; 64 with --quick)")
+    parser.add_argument("--steps", type=positive_int, help="Steps per round (default: 4, on a GPU 40; 2 with --quick)")
+    parser.add_argument("--rounds", type=positive_int, help="Rounds, of which the median counts (default: 3; 1)")
+    parser.add_argument("--compile", action="store_true", help="Run our loop with torch.compile, too")
+    parser.add_argument("--profile", action="store_true", help="Print what the time of our loop goes into")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    from benchmarks.measure import print_json
-    from utils import pick_device
-
     pick_device(args.device)  # what is no device is better found here than in another process
     entries = {}
     for name in args.network:
@@ -62,7 +92,9 @@ def in_own_process(work: Callable, *args: object):
         return ours.recv()
     except EOFError:
         process.join()  # for its status
-        raise UserError(f"the process of {args[0]} ended with status {process.exitcode}, see above") from None
+        raise UserError(
+            f"the process of {args[0]} ended with status {process.exitcode}; see its message above"
+        ) from None
     finally:
         process.kill()
         process.join()
@@ -75,16 +107,6 @@ def send_result(connection, work: Callable, *args: object) -> None:
 
 def measure(name: str, args: argparse.Namespace) -> dict:
     """Time our loop, the plain one and the floor in turn; the median of the rounds counts."""
-    import torch
-
-    from benchmarks.measure import in_turn, matmul_tflops, peak_mib, plainly
-    from datasets.datasetsHelper import Images
-    from datasets.tasks import TASKS
-    from training.loop import LoopConfig, Recorder, fit
-    from training.processes import Processes
-    from training.stages import STAGES
-    from utils import environment, pick_device, pick_precision, tune_processor
-
     tune_processor()
     task_name, command = NETWORKS[name]
     task, stage, device = TASKS[task_name], STAGES[command], pick_device(args.device)
@@ -104,46 +126,44 @@ def measure(name: str, args: argparse.Namespace) -> dict:
         return stage.build(task).to(device)
 
     ours = network().to(memory_format=torch.channels_last)
+    stage.compact(ours)
     ours_optimizer = torch.optim.Adam(ours.parameters(), 1e-3, fused=True)
     config = LoopConfig(epochs=1, batch_size=batch_size, learning_rate=1e-3, seed=0, precision=precision)
     resident = data.to(device)
 
-    def run_ours():
-        fit(ours, ours_optimizer, resident, objective, config, Processes(device), Recorder(name=name))
+    def run_ours(compiled: bool = False):
+        fit(ours, ours_optimizer, resident, objective, config, Processes(device), Recorder(name=name), compiled)
 
     run_ours()
     peak = peak_mib(device)  # before the others come
     run_plain = plain_loop(network(), data, command, task, batch_size, device)
     run_floor = floor_loop(ours, ours_optimizer, data, objective, batch_size, steps, device, precision)
-    times = in_turn({"ours": run_ours, "floor": run_floor, "plain": plainly(run_plain)}, rounds, device)
+    works = {"ours": run_ours, "floor": run_floor, "plain": plainly(run_plain)}
+    if args.compile:
+        works["compiled"] = partial(run_ours, compiled=True)
+    times = in_turn(works, rounds, device)
     rate = {who: count / taken for who, taken in times.items()}
     tflops = rate["ours"] * operations_per_image(ours, data, objective, device) / 1e12
+    at_best = matmul_tflops(device, torch.bfloat16 if precision == "bf16" else torch.float32)
     return {
         "images_per_second": round(rate["ours"], 1),
         "plain_images_per_second": round(rate["plain"], 1),
         "floor_images_per_second": round(rate["floor"], 1),
+        **({"compiled_images_per_second": round(rate["compiled"], 1)} if args.compile else {}),
         "ratio": round(rate["ours"] / rate["plain"], 2),
         "floor_share": round(rate["ours"] / rate["floor"], 3),
         "peak_mib": peak,
         "tflops": round(tflops, 3),
-        "matmul_tflops": round(matmul_tflops(device, torch.bfloat16 if precision == "bf16" else torch.float32), 3),
+        "matmul_tflops": round(at_best, 3),
+        "matmul_share": round(tflops / at_best, 3),
         "precision": precision,
-    } | environment(device)
+        **(shares_of_time(run_ours, device) if args.profile else {}),
+        **environment(device),
+    }
 
 
 def plain_loop(model, data, command: str, task, batch_size: int, device):
     """The loop as a tutorial writes it."""
-    import torch
-    from torch import nn
-    from torch.nn import functional as F
-    from torchvision import transforms
-    from torchvision.datasets import VisionDataset
-    from torchvision.transforms.functional import to_pil_image
-
-    from models.vae import PlainEncoder
-
-    if isinstance(model.convE, PlainEncoder):
-        model.convE = nn.Sequential(model.convE.conv1, nn.ReLU(), model.convE.conv2, nn.ReLU())
 
     class PlainImages(VisionDataset):
         def __getitem__(self, index):
@@ -182,30 +202,38 @@ def plain_loop(model, data, command: str, task, batch_size: int, device):
 
 def floor_loop(model, optimizer, data, objective, batch_size: int, steps: int, device, precision: str):
     """Only the arithmetic: `steps` optimizer steps on one batch that is already on the device."""
-    import torch
-
-    from utils import autocast
-
     images, labels = data.images[:batch_size].to(device), data.labels[:batch_size].to(device)
     draws = [d.to(device) for d in objective.draw(batch_size, torch.default_generator)]
 
     def run():
         model.train()
         for _ in range(steps):
+            optimizer.zero_grad(set_to_none=True)
             with autocast(device, precision):
                 loss = objective(model, images, labels, *draws)["loss"]
-            optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
 
     return run
 
 
+def shares_of_time(work: Callable[[], object], device) -> dict[str, float]:
+    """The share of each part in `PROFILE`, and of the rest, in the time of all operations of `work`."""
+    time_of = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    times = dict.fromkeys((*PROFILE, "rest"), 0.0)
+    with profile() as profiler:
+        work()
+    for event in profiler.events():
+        part, caller = None, event
+        while caller and not part:
+            part = next((part for part, words in PROFILE.items() if any(w in caller.name.lower() for w in words)), None)
+            caller = caller.cpu_parent
+        times[part or "rest"] += getattr(event, time_of)
+    return {part: round(taken / sum(times.values()), 3) for part, taken in times.items()}
+
+
 def operations_per_image(model, data, objective, device) -> float:
     """Floating-point operations of one forward and backward pass, counted by torch."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
     images, labels = data.images[:8].to(device), data.labels[:8].to(device)
     draws = [d.to(device) for d in objective.draw(8, torch.default_generator)]
     with FlopCounterMode(display=False) as counter:

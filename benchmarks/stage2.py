@@ -3,14 +3,14 @@
     python -m benchmarks.stage2 [--quick] [--device cuda]
     python -m benchmarks.stage2 --trained partition1 --data-dir DIR
 
-plain: every step encodes its IND and pseudo-OOD batch again, every check encodes the whole test set again, and
+plain: `cmg.reference`: every step encodes its IND and pseudo-OOD batch again, every evaluation the whole test set, and
 every mode, seed and OOD set is a run of its own; of runs of the same size one is timed. Sizes are MNIST's (Setting 1)
-and CIFAR-10's (Setting 2), divided by --scale; batches keep their 128 images and checks are made as often, per image
-trained on, as at full size where that is possible ("checks" and "checks_at_full_size" say how many there are). The
+and CIFAR-10's (Setting 2), divided by --scale; batches keep their 128 images and evaluations are as frequent, per image
+trained on, as at full size where that is possible ("checks" and "checks_at_full_size" count them). The
 networks are the tasks' own, untrained; the images are noise of different brightness. "arithmetic_share" is the share
 of the engine's time, for 2 modes and 5 seeds in auto precision, that the networks alone would take for as many images.
-"auroc_difference" is the largest, at any check, between the curves of the plain side and of the engine in fp32; scores
-of noise lie so close together that rounding exchanges a few.
+"auroc_difference" is the largest, at any evaluation, between the curves of the plain side and of the engine in fp32;
+scores of noise lie so close together that rounding exchanges a few.
 
 --trained compares the curves where it matters, and nothing else: with MNIST, networks that `train` left in ckpt/, a
 training set divided by --scale, and all test and OOD images. The last line is a JSON object.
@@ -21,11 +21,30 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
-from datasets.tasks import COMMANDS, TASKS, default_checkpoint
-from utils import positive_int, run_command
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measure import in_turn, peak_mib, plainly, print_json, seconds
+from cli.errors import run_command
+from cli.options import positive_int
+from cmg.config import config_for
+from cmg.data import Stage2Data
+from cmg.engine import fine_tune
+from cmg.losses import MODES
+from cmg.pseudo_ood import PseudoOOD, decode, draw_codes
+from cmg.reference import reference
+from cmg.stage2 import load_inputs
+from datasets.datasetsHelper import Images, to_float
+from datasets.tasks import COMMANDS, TASKS, Experiment
+from evaluation.report import markdown, spread
+from models.inference import CHUNK, for_inference
+from training.stages import STAGES
+from utils import autocast, environment, pick_precision, start_computing
 
 SEEDS = 5
 MNIST = "same_dataset_mnist"
@@ -43,29 +62,29 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "benchmarks.stage2", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="small sizes: under a minute, rough figures")
-    parser.add_argument("--device", help="(default: the first CUDA GPU, else the CPU)")
-    parser.add_argument("--scale", type=positive_int, help="divide the images by this (default: 20; 300 with --quick)")
-    parser.add_argument("--setting2-scale", type=positive_int, help="likewise (default: 100; 3000 with --quick)")
+    parser.add_argument("--quick", action="store_true", help="Small sizes: under a minute, rough numbers")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the first CUDA GPU, else the CPU)")
+    parser.add_argument("--scale", type=positive_int, help="Divide the images by this (default: 20; 300 with --quick)")
+    parser.add_argument(
+        "--setting2-scale",
+        type=positive_int,
+        help="Divide the images of Setting 2 by this (default: 100; 3000 with --quick)",
+    )
     parser.add_argument(
         "--trained",
         choices=list(TASKS[MNIST].partitions),
         metavar="PARTITION",
-        help="compare the AUROC curves with the networks of this partition that train left in ckpt/",
+        help="Compare the AUROC curves with the networks of this partition that train left in ckpt/",
     )
     parser.add_argument(
-        "--data-dir", type=Path, default=Path("datasets"), help="folder of MNIST, for --trained (default: %(default)s)"
+        "--data-dir", type=Path, default=Path("datasets"), help="Folder of MNIST, for --trained (default: %(default)s)"
     )
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    from benchmarks.measure import peak_mib, print_json
-    from evaluation.report import spread
-    from training.fine_tune import MODES
-    from utils import environment, pick_device, pick_precision
 
-    device = pick_device(args.device)
+    device = start_computing(args.device)
     auto = pick_precision("auto", device)
     scale = args.scale or (300 if args.quick else 20)
     if args.trained:
@@ -146,37 +165,27 @@ def main(args: argparse.Namespace) -> None:
 
 def compare_curves(work: Work, auto: str, seed: int) -> None:
     """Print how far the AUROC curves of the engine are from those of the plain side, mode by mode."""
-    from benchmarks.measure import print_json
-    from evaluation.report import markdown
-    from training.fine_tune import MODES
-    from utils import environment
 
-    figures = {}
+    metrics = {}
     for mode in MODES:
         _, plain, _ = work.plain([mode], [seed])
-        figures[mode] = {"auroc_first": plain[0], "auroc_last": plain[-1]}
+        metrics[mode] = {"auroc_first": plain[0], "auroc_last": plain[-1]}
         for precision in dict.fromkeys(("fp32", auto)):
             _, (curve,), _ = work.engine([mode], [seed], precision)
-            figures[mode][f"auroc_difference_{precision}"] = largest_difference(plain, curve)
-    checks, columns = len(plain), list(figures[mode])  # the same for every mode
+            metrics[mode][f"auroc_difference_{precision}"] = largest_difference(plain, curve)
+    checks, columns = len(plain), list(metrics[mode])  # the same for every mode
     counts = [f"{count:,} {name}" for name, count in work.data.counts().items() if count]
-    rows = [[mode, *(f"{figure:.4g}" for figure in row.values())] for mode, row in figures.items()]
-    print(f"{', '.join(counts)}, {checks} checks\n\n{markdown(['mode', *columns], rows)}")
-    print_json({"curves": figures, "checks": checks, "images": work.data.counts()} | environment(work.device))
+    rows = [[mode, *(f"{value:.4g}" for value in row.values())] for mode, row in metrics.items()]
+    print(f"{', '.join(counts)}, {checks} evaluations\n\n{markdown(['mode', *columns], rows)}")
+    print_json({"curves": metrics, "checks": checks, "images": work.data.counts()} | environment(work.device))
 
 
 def largest_difference(a: list[float], b: list[float]) -> float:
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
-def untrained(task_name: str, sizes: dict, scale: int, device):
-    """Classifier and CVAE of a task, whose weights are chance, and noise of the given sizes, as `Stage2Data`."""
-    import torch
-
-    from datasets.datasetsHelper import Images
-    from training.stage2 import Stage2Data
-    from training.stages import STAGES
-
+def untrained(task_name: str, sizes: dict, scale: int, device: torch.device) -> tuple[list[nn.Module], Stage2Data]:
+    """Classifier and CVAE of a task, with random weights, and noise of the given sizes, as `Stage2Data`."""
     task = TASKS[task_name]
     num_ind = len(next(iter(task.partitions.values())))
     torch.manual_seed(0)
@@ -193,15 +202,11 @@ def untrained(task_name: str, sizes: dict, scale: int, device):
     return networks, Stage2Data(images(sizes["train"]), images(0).at(torch.arange(0)), images(sizes["test"]), ood)
 
 
-def trained(partition: str, data_dir: Path, scale: int, device):
+def trained(partition: str, data_dir: Path, scale: int, device: torch.device) -> tuple[list[nn.Module], Stage2Data]:
     """Classifier and CVAE that `train` made for MNIST, and its images as `Stage2Data`, one of `scale` to train on."""
-    import torch
-
-    from training.stage2 import load_inputs
-
-    task = TASKS[MNIST]
-    paths = {command: default_checkpoint(MNIST, partition, command) for command in COMMANDS}
-    inputs = load_inputs(MNIST, task, partition, paths, task.ood_datasets, data_dir, device)
+    experiment = Experiment.of(MNIST, TASKS[MNIST], partition)
+    paths = {command: experiment.checkpoint(command) for command in COMMANDS}
+    inputs = load_inputs(experiment, paths, experiment.task.ood_datasets, data_dir, device)
     train, validation = inputs.data.train, inputs.data.validation
     fewer = {"train": train.at(torch.arange(0, len(train), scale)), "validation": validation.at(torch.arange(0))}
     return [inputs.classifier, inputs.cvae], replace(inputs.data, **fewer)
@@ -210,30 +215,26 @@ def trained(partition: str, data_dir: Path, scale: int, device):
 class Work:
     """One task's stage 2 at a scale: networks, images, and the two ways through them."""
 
-    def __init__(self, task_name: str, networks: list, data, more_checks: int, device):
+    def __init__(
+        self,
+        task_name: str,
+        networks: Sequence[nn.Module],
+        data: Stage2Data,
+        more_checks: int,
+        device: torch.device,
+    ):
         """Checks come `more_checks` times as often as the task's own, so as often per image trained on where its
         training set and test images are both divided by it."""
-        import torch
-
-        from training.fine_tune import FineTuneConfig
-
-        task = TASKS[task_name]
         self.plain_networks, self.networks = (
             [copy.deepcopy(network).to(memory_format=memory_format) for network in networks]
             for memory_format in (torch.contiguous_format, torch.channels_last)
         )
         self.data, self.device = data, device
-        self.config = FineTuneConfig(
-            num_ind=len(next(iter(task.partitions.values()))),
-            epochs=15,
-            batch_size=128,
-            learning_rate=1e-4,
-            check_every=max(1, round(task.check_every / more_checks)),
-            sigma=task.sigma,
-        )
+        eval_every = max(1, round(TASKS[task_name].eval_every / more_checks))
+        self.config = config_for(Experiment.of(task_name, TASKS[task_name]), "fp32", eval_every=eval_every)
 
     @staticmethod
-    def counted(classifier, extractor_images: list[int]):
+    def counted(classifier: nn.Module, extractor_images: list[int]) -> Callable[[Tensor], Tensor]:
         """The classifier's features, counting the images that go through."""
 
         def features(images):
@@ -244,9 +245,6 @@ class Work:
 
     def engine(self, modes: list[str], seeds: list[int], precision: str) -> tuple[float, list[list[float]], int]:
         """Seconds, AUROC curve of every run, mode by mode, on the first OOD set, images through the extractor."""
-        from benchmarks.measure import seconds
-        from models.inference import for_inference
-        from training.fine_tune import PseudoOOD, fine_tune
 
         config, pushed, runs = replace(self.config, precision=precision), [0], []
 
@@ -254,8 +252,8 @@ class Work:
             classifier, cvae = map(for_inference, self.networks)
             features = self.counted(classifier, pushed)
             bank = self.data.encode(features, precision)
-            pseudo = PseudoOOD(cvae, features, config.num_ind, config.sigma, precision, self.device)
-            runs.extend(fine_tune(classifier.classifier, bank, pseudo, config, modes, seeds, show_progress=False))
+            pseudo = PseudoOOD(cvae, features, config)
+            runs.extend(fine_tune(classifier.classifier, bank, pseudo, modes, seeds, show_progress=False))
 
         taken = seconds(work, self.device)
         first = next(iter(self.data.ood))
@@ -264,17 +262,9 @@ class Work:
     def arithmetic(self, seeds: int, precision: str, rounds: int, chunks: int) -> float:
         """Seconds of the networks alone for as many images as `engine` makes and encodes, from those of
         some `chunks` in a row."""
-        import torch
-
-        from benchmarks.measure import in_turn
-        from datasets.datasetsHelper import to_float
-        from models.inference import CHUNK, for_inference
-        from models.vae import decode_pseudo_ood, draw_codes
-        from utils import autocast
-
         classifier, cvae = map(for_inference, self.networks)
         chunk, random = CHUNK[self.device.type], torch.Generator().manual_seed(0)
-        codes = draw_codes(chunk, self.config.num_ind, cvae.z_dim, random).to(self.device)
+        codes = draw_codes(chunk, cvae.z_dim, self.config, random).to(self.device)
         images = to_float(self.data.train.images[torch.arange(chunk) % len(self.data.train)])
 
         def real():
@@ -285,7 +275,7 @@ class Work:
         def pseudo():
             with torch.no_grad(), autocast(self.device, precision):
                 for _ in range(chunks):
-                    classifier.features(decode_pseudo_ood(cvae, codes, self.config.sigma).float())
+                    classifier.features(decode(cvae, codes, self.config.sigma).float())
 
         taken = in_turn({"real": real, "pseudo": pseudo}, rounds, self.device)
         made = seeds * (self.config.epochs + 1) * len(self.data.train)  # once more for the margins
@@ -293,7 +283,6 @@ class Work:
 
     def plain(self, modes: list[str], seeds: list[int], ood: list[str] | None = None) -> tuple[float, list[float], int]:
         """Likewise, one run for each mode, seed and OOD set (`ood`, or all) after the other; the curve of the first."""
-        from benchmarks.measure import plainly, seconds
 
         pushed, curves = [0], []
         features = self.counted(self.plain_networks[0], pushed)
@@ -302,78 +291,17 @@ class Work:
             for mode in modes:
                 for seed in seeds:
                     for name in ood or self.data.ood:
-                        curves.append(self.plain_run(mode, seed, name, features))
+                        curves.append(self.reference_curve(mode, seed, name, features))
 
         return seconds(plainly(work), self.device), curves[0], pushed[0]
 
-    def plain_run(self, mode: str, seed: int, ood_name: str, features) -> list[float]:
-        """The public protocol for one mode, seed and OOD set, written plainly; its draws are the engine's."""
-        import torch
-        from torch.nn import functional as F
-
-        from evaluation.metrics import auroc
-        from evaluation.scores import SCORES
-        from models.vae import decode_pseudo_ood, draw_codes
-        from training.fine_tune import MODES
-        from utils import generator
-
+    def reference_curve(self, mode: str, seed: int, ood_name: str, features: Callable[[Tensor], Tensor]) -> list[float]:
+        """The public protocol for one mode, seed and OOD set as `cmg.reference` has it; its draws are the engine's."""
         classifier, cvae = self.plain_networks
-        config, data = self.config, self.data
-        head = copy.deepcopy(classifier.classifier).requires_grad_(True)
-        optimizer = torch.optim.Adam(head.parameters(), config.learning_rate)
-        count, size, num_ind = len(data.train), config.batch_size, config.num_ind
-
-        def to_float(images):
-            return images.float() / 255
-
-        def score(images):
-            parts = [head(features(to_float(part))) for part in images.split(size)]
-            return SCORES[mode](torch.cat(parts), num_ind)
-
-        def energies(batches):
-            return torch.cat([-torch.logsumexp(head(features(images)), 1) for images in batches]).sort().values
-
-        def pseudo_images(codes, start):
-            return decode_pseudo_ood(cvae, codes.rows(start, start + size).to(self.device), config.sigma)
-
-        margins = None
-        if MODES[mode].uses_margins:
-            with torch.no_grad():
-                codes = draw_codes(count, num_ind, cvae.z_dim, generator(seed, "margins"))
-                m_in = energies(to_float(part) for part in data.train.images.split(size))[int(0.2 * count)]
-                m_out = energies(pseudo_images(codes, start) for start in range(0, count, size))[int(0.8 * count)]
-                margins = (m_in, m_out)
-        curve, step = [], 0
-
-        def check():
-            with torch.no_grad():
-                curve.append(auroc(score(data.test.images), score(data.ood[ood_name])))
-
-        for epoch in range(config.epochs):
-            order = torch.randperm(count, generator=generator(seed, "order", epoch)).to(self.device)
-            codes = draw_codes(count, num_ind, cvae.z_dim, generator(seed, "pseudo", epoch))
-            for start in range(0, count, size):
-                if step % config.check_every == 0:
-                    check()
-                rows = order[start : start + size]
-                with torch.no_grad():
-                    ind_features = features(to_float(data.train.images[rows]))
-                    pseudo_features = features(pseudo_images(codes, start))
-                logits, pseudo_logits = head(ind_features), head(pseudo_features)
-                loss = F.cross_entropy(logits, data.train.labels[rows])
-                if margins is None:
-                    slot = torch.full((len(rows),), num_ind, device=self.device)
-                    loss = loss + F.cross_entropy(pseudo_logits[:, : num_ind + 1], slot)
-                else:
-                    ind_excess = F.relu(-torch.logsumexp(logits, 1) - margins[0])
-                    pseudo_lack = F.relu(margins[1] + torch.logsumexp(pseudo_logits, 1))
-                    loss = loss + config.mu * ((ind_excess**2).mean() + (pseudo_lack**2).mean())
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                step += 1
-        check()
-        return curve
+        counting = SimpleNamespace(features=features, classifier=classifier.classifier)
+        train, test, ood = self.data.train, self.data.test.images, self.data.ood[ood_name]
+        result = reference(counting, cvae, train.images, train.labels, test, ood, self.config, mode, seed)
+        return list(result.curve.values())
 
 
 if __name__ == "__main__":

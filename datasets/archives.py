@@ -1,4 +1,4 @@
-"""Bringing one file over the network and unpacking one archive; neither is trusted.
+"""Fetching one file over the network and unpacking one archive; neither is trusted.
 
 `fetch` goes on where an earlier attempt stopped, `unpack` writes regular files below one folder and nothing else.
 """
@@ -20,14 +20,15 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlencode, urljoin, urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import Request, getproxies, proxy_bypass, urlopen
 
-from utils import Progress, UserError
+from cli.errors import UserError
+from cli.progress import Progress
 
 ATTEMPTS, PAUSE = 3, 1.0  # of a transfer that breaks off; seconds between them, growing
 TIMEOUT = 30.0  # seconds without a byte
 CHUNK = 1 << 18
-ELSEWHERE = "Get the archive elsewhere"
+ELSEWHERE = "Get the archive from another place"
 LITTER = ("__MACOSX", ".DS_Store")  # what macOS puts into archives beside the files, with the twins named ._*
 
 
@@ -36,7 +37,7 @@ class FetchError(Exception):
 
 
 class BrokenOff(FetchError):
-    """The transfer stopped early; what came is kept and another attempt goes on from there."""
+    """The transfer stopped early; the part received is kept and another attempt goes on from there."""
 
 
 # --- one file -----------------------------------------------------------------------------------
@@ -120,9 +121,17 @@ def _open(address: str, have: int) -> HTTPResponse | None:
             return None
         return _open(address, 0)
     except URLError as error:
-        raise FetchError(f"{urlsplit(address).hostname} cannot be reached: {error.reason}") from None
+        raise FetchError(f"{urlsplit(address).hostname} cannot be reached{by_proxy(address)}: {error.reason}") from None
     except (OSError, HTTPException, ValueError) as error:
-        raise FetchError(f"{address} cannot be fetched: {error or type(error).__name__}") from None
+        reason = str(error) or type(error).__name__
+        raise FetchError(f"{address} cannot be fetched{by_proxy(address)}: {reason}") from None
+
+
+def by_proxy(address: str) -> str:
+    """By which proxy the environment has an address fetched, in words and without its password, or nothing."""
+    parts = urlsplit(address)
+    proxy = None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme)
+    return f" by the proxy {proxy.rpartition('@')[2]} of {parts.scheme}_proxy" if proxy else ""
 
 
 def _read(response: HTTPResponse, address: str) -> bytes:
@@ -260,7 +269,7 @@ def _reporting_damage(archive: Path):
             raise
         reason = str(error).splitlines()[0].rstrip(":") if str(error) else type(error).__name__
         raise UserError(
-            f"{archive}: is no tar or zip archive or is damaged ({reason}); nothing was unpacked. Fetch it again"
+            f"{archive}: is not a tar or zip archive, or is damaged ({reason}); nothing was unpacked. Fetch it again"
         ) from None
 
 

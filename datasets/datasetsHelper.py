@@ -1,7 +1,7 @@
 """The entry to the data: a task's images and labels as tensors, read once.
 
-    train, test = load_ind(task, "partition1", data_dir)
-    ood = load_ood(task, "partition1", "SVHN", data_dir)
+    train, test = load_ind(experiment, data_dir)
+    ood = load_ood(experiment, "SVHN", data_dir)
 
 Images are uint8 [N, C, S, S], labels int64 [N] (IND classes renumbered 0, 1, …). A published
 data set is one entry in `datasets.sources.SOURCES`.
@@ -10,23 +10,25 @@ data set is one entry in `datasets.sources.SOURCES`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cli.errors import UserError
 from datasets.folders import read_images
 from datasets.obtain import read_source
 from datasets.sources import SOURCES
-from datasets.tasks import HELD_OUT, Task, UserFolder
-from utils import UserError, generator
+from datasets.tasks import HELD_OUT, Experiment, Task, UserFolder
+from utils import generator
 
 
-class Images(NamedTuple):
+@dataclass(frozen=True)
+class Images:
     """Images, uint8 [N, C, S, S], and labels, int64 [N]."""
 
     images: Tensor
@@ -50,22 +52,24 @@ def to_float(images: Tensor) -> Tensor:
 # --- what a task reads --------------------------------------------------------------------------
 
 
-def load_ind(task: Task, partition: str, data_dir: Path) -> tuple[Images, Images]:
-    """The IND training and test images of a partition.
+def load_ind(experiment: Experiment, data_dir: Path) -> tuple[Images, Images]:
+    """The IND training and test images.
 
     Raises:
         UserError: the files are missing and cannot be fetched, or are not what they should be.
     """
-    classes = task.partitions[partition]
-    return tuple(select(read(task, task.dataset, data_dir, split), classes) for split in ("train", "test"))
+    task = experiment.task
+    train, test = (select(read(task, task.dataset, data_dir, split), experiment.classes) for split in ("train", "test"))
+    return train, test
 
 
-def load_ood(task: Task, partition: str, name: str, data_dir: Path) -> Tensor:
+def load_ood(experiment: Experiment, name: str, data_dir: Path) -> Tensor:
     """The test images of one OOD set, uint8 [N, C, S, S]. Raises `UserError` as `load_ind` does."""
+    task = experiment.task
     if name != HELD_OUT:
         return read(task, name, data_dir, "test").images
     test = read(task, task.dataset, data_dir, "test")
-    held_out = [c for c in test.labels.unique().tolist() if c not in task.partitions[partition]]
+    held_out = [c for c in test.labels.unique().tolist() if c not in experiment.classes]
     return select(test, held_out).images
 
 

@@ -1,4 +1,4 @@
-"""Fetch, import and check the published data sets.
+"""Fetch, import and verify the published data sets.
 
     python -m datasets.download cifar10 SVHN            into ./datasets
     python -m datasets.download all --data-dir D
@@ -14,28 +14,30 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils import UserError, run_command
+from cli.errors import UserError, run_command
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "datasets.download", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="data sets, or all; a wrong name lists them")
     parser.add_argument(
-        "--data-dir", type=Path, default=Path("datasets"), help="folder of the images (default: ./datasets)"
+        "names", nargs="*", metavar="NAME", help="Data sets to fetch, or all; an unknown name lists them"
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path("datasets"), help="Folder of the images (default: ./datasets)"
     )
     parser.add_argument(
         "--check",
         action="store_true",
-        help="fetch nothing; read what is there and say what is right (all, unless named)",
+        help="Fetch nothing: verify the files that are there (default: of all data sets)",
     )
     parser.add_argument(
         "--from",
         dest="given",
         type=Path,
         metavar="FILE|DIR",
-        help="import this archive, file or folder instead of fetching",
+        help="Import this archive, file or folder instead of fetching",
     )
     return parser
 
@@ -70,7 +72,7 @@ def resolve(names: list[str]) -> list[str]:
 
 
 def fetch_all(names: list[str], data_dir: Path, given: Path | None) -> None:
-    """Obtain each data set; one that fails does not keep the others from coming.
+    """Obtain each data set; one that fails does not stop the others.
 
     Raises:
         UserError: the only failure, or the names of those that failed.
@@ -93,7 +95,9 @@ def fetch_all(names: list[str], data_dir: Path, given: Path | None) -> None:
         raise (
             next(iter(failures.values()))
             if len(names) == 1
-            else UserError(f"{len(failures)} of {len(names)} could not be had: {', '.join(failures)}")
+            else UserError(
+                f"{len(failures)} of {len(names)} could not be obtained: {', '.join(failures)}; see the messages above"
+            )
         )
 
 
@@ -107,11 +111,11 @@ def check(names: list[str], data_dir: Path) -> set[str]:
     for name in names:
         for split, expected in SOURCES[name].counts.items():
             state, remark, count = "missing", f"python -m datasets.download {name} --data-dir {data_dir}", ""
-            if is_present(name, data_dir, split):
-                try:
+            try:
+                if is_present(name, data_dir, split):
                     count, state, remark = f"{verify(name, data_dir, split)['count']:,}", "complete", ""
-                except UserError as error:
-                    state, remark = "wrong", str(error)
+            except UserError as error:
+                state, remark = "wrong", str(error)
             states.add(state)
             print(
                 f"{name:<14}{split:<7}{count or f'{expected:,}':>7}  {state}{': ' * bool(remark)}{remark}", flush=True

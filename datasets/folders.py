@@ -1,7 +1,8 @@
 """Folders of images as arrays: listed in the order of their names, decoded by several threads, kept packed.
 
 The packed file, `.NAME.CxSxS.npz` beside the folder NAME, makes every start after the first quick. It is used only
-while names, sizes and times of the images are what they were; it may be deleted at any time.
+while names, sizes and times of the images are what they were, and made anew when it is damaged; it may be deleted at
+any time.
 """
 
 from __future__ import annotations
@@ -11,53 +12,131 @@ import hashlib
 import io
 import math
 import os
+import stat
 import struct
-import zipfile
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from utils import Progress, UserError, replacing
+from cli.errors import UserError
+from cli.files import replacing
+from cli.progress import Progress
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
 MODES = {1: "L", 3: "RGB"}  # what Pillow calls images of that many channels
 EIGHT_BIT = {"1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr"}
 SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L", "I;16N"}  # grey, which Pillow would clip to 8 bits instead of scaling it
+# Where Pillow keeps EXIF and XMP data of the formats that have them; TIFF files it turns upright itself.
+TOLD_IN = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
+KNOWN_MODES = EIGHT_BIT | SIXTEEN_BIT
 THREADS = min(8, os.cpu_count() or 1)
 BLOCK = 512  # images handed to the threads at once
 PIECE = 32  # images that one of several threads decodes in one go
+MOST_PIXELS = 178_956_970  # of an image: beyond it Pillow takes a file for an attack
+MANY_PIXELS = 1 << 24  # decoded one image at a time: threads together would take gigabytes
 SMALL = 1 << 15  # bytes: decoding smaller files, threads wait for the interpreter rather than for the decoder
+
+_one_at_a_time = threading.Lock()
+
+
+class Found(NamedTuple):
+    """What a folder holds.
+
+    Attributes:
+        names: the images, as paths relative to the folder with forward slashes, in the order of their names.
+        complaints: what could not be searched or is not a plain file, by path.
+    """
+
+    names: list[str]
+    complaints: dict[Path, str]
+
+
+def search(root: Path) -> Found:
+    """The images below `root` at any depth; hidden files and folders are left out.
+
+    Links to images and folders are followed, but a folder is entered once, by its own path where it has one below
+    `root`; folders that hold `root` are not entered at all. So no link makes an image count twice.
+    """
+    names, complaints = [], {}
+    entered = {_identity(folder) for folder in Path(os.path.realpath(root)).parents}
+    folders, links = [""], deque()
+    while folders or links:
+        prefix = folders.pop() if folders else links.popleft()
+        try:
+            if (identity := _identity(root / prefix)) in entered:
+                continue
+            entered.add(identity)
+            with os.scandir(root / prefix) as found:
+                entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda e: e.name)
+        except OSError as error:
+            complaints[root / prefix] = unreadable(root / prefix, error)
+            continue
+        for entry in entries:
+            name = f"{prefix}/{entry.name}" if prefix else entry.name
+            try:
+                kind = kind_of(entry)
+            except OSError as error:  # such as a link that leads nowhere, which may have been a folder
+                complaints[root / name] = unreadable(root / name, error)
+                continue
+            if kind == "folder":
+                (links if entry.is_symlink() else folders).append(name)
+            elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+                if kind == "file":
+                    names.append(name)
+                else:
+                    complaints[root / name] = f"{root / name}: is not a plain file but a {kind}. Remove it"
+    return Found(sorted(names), dict(sorted(complaints.items())))
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def kind_of(entry: os.DirEntry | Path) -> str:
+    """ "folder", "file", "pipe", "socket" or "device", through links. Raises `OSError`, as for a link to nowhere."""
+    if isinstance(entry, os.DirEntry) and not entry.is_symlink():  # known without asking the system
+        if entry.is_file():
+            return "file"
+        if entry.is_dir():
+            return "folder"
+    mode = entry.stat().st_mode
+    kinds = {"file": stat.S_ISREG, "folder": stat.S_ISDIR, "pipe": stat.S_ISFIFO, "socket": stat.S_ISSOCK}
+    return next((kind for kind, is_one in kinds.items() if is_one(mode)), "device")
+
+
+def unreadable(path: Path, error: OSError) -> str:
+    """The complaint about a file or folder that the system does not let us read."""
+    return f"{path}: cannot be read ({error.strerror or error}). Make it readable or remove it"
 
 
 def list_images(root: Path) -> list[str]:
-    """The images below `root` at any depth, as paths relative to it with forward slashes, in the order of their names.
-
-    Hidden files and folders are left out.
-    """
-    found = []
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        prefix = Path(folder).relative_to(root).as_posix()
-        names = (
-            name for name in files if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-        )
-        found += [name if prefix == "." else f"{prefix}/{name}" for name in names]
-    return sorted(found)
+    """The names that `search` finds, maybe none. Raises `UserError` where something could not be read."""
+    names, complaints = search(Path(root))
+    raise_all(list(complaints.values()))
+    return names
 
 
 def find_images(root: Path) -> list[str]:
     """What `list_images` gives. Raises `UserError` when there are none."""
     names = list_images(root)
     if not names:
-        raise UserError(
-            f"{root}: no images there; expected a folder of images, in subfolders or not "
-            f"({' '.join(sorted(IMAGE_SUFFIXES))})"
-        )
+        raise UserError(no_images(root))
     return names
+
+
+def no_images(root: Path) -> str:
+    """The complaint about a folder without images."""
+    return (
+        f"{root}: no images there; expected a folder of images, in subfolders or not "
+        f"({' '.join(sorted(IMAGE_SUFFIXES))})"
+    )
 
 
 def read_images(
@@ -101,7 +180,7 @@ def _decode_all(root: Path, names: list[str], channels: int, size: int, resize: 
             return str(error)
         return None
 
-    raise_first(for_each(decode, len(names), f"decoding {root.name}"))
+    raise_all(for_each(decode, len(names), f"decoding {root.name}"))
     return images
 
 
@@ -118,10 +197,11 @@ def for_each(work: Callable[[int], str | None], count: int, label: str) -> list[
     return complaints
 
 
-def raise_first(complaints: list[str]) -> None:
-    """Raise `UserError` with the first complaint, if there is one, and the number of the others."""
+def raise_all(complaints: Sequence[str], most: int = 10) -> None:
+    """Raise `UserError` with the complaints, if there are some, in one line: the first `most` and how many more."""
     if complaints:
-        raise UserError(complaints[0] + (f" (and {len(complaints) - 1} more images)" if len(complaints) > 1 else ""))
+        more = [f"and {len(complaints) - most} more"] if len(complaints) > most else []
+        raise UserError("; ".join([*complaints[:most], *more]))
 
 
 class Chunk(NamedTuple):
@@ -176,9 +256,9 @@ def _decode_into(paths: Sequence[Path], pixels: np.ndarray) -> list[tuple[bool, 
     outcomes = []
     for path, target in zip(paths, pixels, strict=True):
         try:
-            image = load_image(path)
-            target[:] = to_array(image, channels, size)
-            outcomes.append(((image.mode, *image.size) != (MODES[channels], size, size), None))
+            with decoded(path) as image:
+                target[:] = to_array(image, channels, size)
+                outcomes.append(((image.mode, *image.size) != (MODES[channels], size, size), None))
         except UserError as error:
             outcomes.append((False, str(error)))
     return outcomes
@@ -191,7 +271,8 @@ def _finished(paths: Sequence[Path], pixels: np.ndarray, jobs: list[Future]) -> 
 
 def decode_image(path: Path, channels: int, size: int, resize: bool = False) -> np.ndarray:
     """One image, uint8 [channels, size, size]. Raises `UserError` naming the file."""
-    return to_array(load_image(path, None if resize else size), channels, size)
+    with decoded(path, None if resize else size) as image:
+        return to_array(image, channels, size)
 
 
 def to_array(image, channels: int, size: int) -> np.ndarray:
@@ -209,32 +290,67 @@ def in_mode(image, channels: int):
     return image if image.mode == MODES[channels] else image.convert(MODES[channels])
 
 
-def open_image(path: Path, channels: int, size: int | None = None):
-    """A decoded PIL image in grey or colour. Raises `UserError` as `load_image` does."""
-    return in_mode(load_image(path, size), channels)
+@contextmanager
+def decoded(path: Path, size: int | None = None) -> Iterator:
+    """Within the block there is the image in a file, as a PIL image, upright. Large ones are decoded one at a time.
 
-
-def load_image(path: Path, size: int | None = None):
-    """A decoded PIL image as the file has it. Raises `UserError` for another `size` and for a mode that cannot
-    be brought to 8 bits."""
+    Raises:
+        UserError: naming the file: whatever fails, also within the block; the image has another `size` or more pixels
+            than `MOST_PIXELS`, or its mode cannot be brought to 8 bits.
+    """
     from PIL import Image
 
+    remedy = "Replace or remove it"
     try:
-        with open_file(path) as image:
+        with open_file(path) as image, _one_at_a_time if math.prod(image.size) > MANY_PIXELS else nullcontext():
+            wanted = None
+            if not 0 < math.prod(image.size) <= MOST_PIXELS:
+                wanted = f"1 to {MOST_PIXELS:,} in all"
             if size is not None and image.size != (size, size):
-                raise UserError(
-                    f"{path}: is {image.width}x{image.height} pixels; expected {size}x{size}. Replace or remove it"
-                )
+                wanted = f"{size}x{size}"
+            if wanted:
+                raise UserError(f"{path}: is {image.width}x{image.height} pixels; expected {wanted}. {remedy}")
             image.load()
             low, high = image.getextrema() if image.mode == "I" else (0, 0)
-            if image.mode not in EIGHT_BIT | SIXTEEN_BIT or low < 0 or high >> 16:
+            if image.mode not in KNOWN_MODES or low < 0 or high >> 16:
                 raise UserError(
                     f"{path}: has pixels of mode {image.mode}; expected 8 or 16 bits per channel. Convert or remove it"
                 )
-            return image
-    except (OSError, ValueError, TypeError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        reason = "no image" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise UserError(f"{path}: cannot be decoded ({reason}). Replace or remove it") from None
+            yield upright(image)
+    except UserError:
+        raise
+    except Exception as error:  # Pillow lets through whatever a damaged file makes its decoders stumble over
+        reason = str(error) or type(error).__name__
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
+        if isinstance(error, MemoryError):
+            reason = "not enough memory for it"
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = "not an image"
+        raise UserError(f"{path}: cannot be decoded ({reason}). {remedy}") from None
+
+
+def upright(image):
+    """A decoded PIL image turned as its EXIF or XMP data say that it is to be looked at."""
+    if not TOLD_IN & image.info.keys():  # most images; asking Pillow takes as long as decoding a small one
+        return image
+    from PIL import ExifTags, Image
+
+    turns = Image.Transpose
+    turn = {
+        2: turns.FLIP_LEFT_RIGHT,
+        3: turns.ROTATE_180,
+        4: turns.FLIP_TOP_BOTTOM,
+        5: turns.TRANSPOSE,
+        6: turns.ROTATE_270,
+        7: turns.TRANSVERSE,
+        8: turns.ROTATE_90,
+    }
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged data beside the pixels, which say nothing then
+        return image
+    return image.transpose(turn[orientation]) if orientation in turn else image
 
 
 def open_file(path: Path):
@@ -242,8 +358,10 @@ def open_file(path: Path):
     plain from its first bytes, is opened directly."""
     from PIL import Image, PngImagePlugin
 
-    file = os.open(path, os.O_RDONLY)
+    file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe would be waited for
     try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise UserError(f"{path}: is not a plain file. Remove it")
         content = os.read(file, SMALL)
     finally:
         os.close(file)
@@ -257,40 +375,51 @@ def open_file(path: Path):
 def square(image, size: int):
     """A PIL image with its short side brought to `size` and its middle cut out: size x size.
 
-    Pillow's resizing averages over the pixels that fall together, so shrinking makes no aliases.
+    Pillow's resizing averages over the pixels that fall together, so shrinking makes no aliases. Only what is cut out
+    is computed: of a strip of an image, the whole at that size would have no end.
     """
     if image.size == (size, size):
         return image
     from PIL import Image
 
     scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
+    box = []
+    for side in image.size:
+        scaled = max(size, round(side * scale))
+        first = (scaled - size) // 2
+        box.append((first * side / scaled, (first + size) * side / scaled))
+    (left, right), (top, bottom) = box
+    return image.resize((size, size), Image.Resampling.BILINEAR, (left, top, right, bottom))
 
 
 # --- the packed file ----------------------------------------------------------------------------
 
 
+DECODING = 2  # counted up when images are decoded otherwise than before: packed files of then are made anew
+
+
 def _fingerprint(root: Path, names: list[str], resize: bool) -> str:
     """What the packed file of these images is known by. Raises `UserError` naming one that is not there."""
-    lines = [f"{resize}"]
+    lines = [f"{DECODING}\0{resize}"]
     for name in names:
         try:
             status = os.stat(root / name)
-        except OSError as error:  # such as a link that leads nowhere
-            raise UserError(f"{root / name}: cannot be read ({error.strerror}). Replace or remove it") from None
-        lines.append(f"{name}\0{status.st_size}\0{status.st_mtime_ns}")
+        except OSError as error:
+            raise UserError(unreadable(root / name, error)) from None
+        # The time of change can be set back; that of the change of the file's state cannot.
+        lines.append(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}")
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _load_packed(cache: Path, key: str) -> np.ndarray | None:
     """The packed images if they are those of `key`; whatever else is there counts as nothing."""
+    if not os.path.isfile(cache):  # a pipe would be waited for
+        return None
     try:
         with np.load(cache, allow_pickle=False) as content:
             if str(content["key"]) == key and content["images"].dtype == np.uint8:
                 return content["images"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except Exception:  # a damaged archive fails in any way that zipfile and numpy know, and is made anew
         pass
     return None
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from cli.errors import UserError
 from datasets.folders import read_images
-from utils import UserError
 
 Arrays = tuple[np.ndarray, np.ndarray]
 
@@ -53,7 +53,7 @@ def read_idx(path: Path) -> np.ndarray:
     header = 4 + 4 * data[3] if len(data) > 3 else 4
     shape = struct.unpack(f">{data[3]}I", data[4:header]) if len(data) >= header > 4 else ()
     if data[:3] != b"\0\0\x08" or not shape or len(data) - header != np.prod(shape, dtype=object):
-        raise UserError(f"{path}: is no complete IDX file of bytes. Delete it and fetch it again")
+        raise UserError(f"{path}: is not a complete IDX file of bytes. Delete it and fetch it again")
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 
 
@@ -68,7 +68,8 @@ def _read_cifar_batch(path: Path, label_key: bytes) -> Arrays:
     try:
         with open(path, "rb") as file:
             batch = ArrayUnpickler(file, encoding="bytes").load()
-        images, labels = np.asarray(batch[b"data"], np.uint8).reshape(-1, 3, 32, 32), np.asarray(batch[label_key])
+        images = np.asarray(batch[b"data"], np.uint8).reshape(-1, 3, 32, 32)
+        labels = whole_numbers(batch[label_key])
     except (
         pickle.UnpicklingError,
         EOFError,
@@ -80,7 +81,7 @@ def _read_cifar_batch(path: Path, label_key: bytes) -> Arrays:
         ImportError,
         OverflowError,
     ) as error:
-        raise UserError(f"{path}: is no CIFAR batch ({error}). Delete it and fetch it again") from None
+        raise UserError(f"{path}: is not a CIFAR batch ({error}). Delete it and fetch it again") from None
     return as_many(path, images, labels)
 
 
@@ -107,7 +108,8 @@ def read_svhn(data_dir: Path, split: str) -> Arrays:
     path = data_dir / f"{split}_32x32.mat"
     try:
         content = loadmat(path)
-        images, labels = content["X"].transpose(3, 2, 0, 1), content["y"].reshape(-1) % 10
+        images, labels = content["X"].transpose(3, 2, 0, 1), whole_numbers(content["y"].reshape(-1))
+        labels = np.where(labels == 10, 0, labels)
     except (
         MatReadError,
         ValueError,
@@ -118,7 +120,7 @@ def read_svhn(data_dir: Path, split: str) -> Arrays:
         OSError,
         zlib.error,
     ) as error:
-        raise UserError(f"{path}: is no SVHN file ({error}). Delete it and fetch it again") from None
+        raise UserError(f"{path}: is not an SVHN file ({error}). Delete it and fetch it again") from None
     if images.dtype != np.uint8:
         raise UserError(f"{path}: its images are {images.dtype}, expected uint8. Delete it and fetch it again")
     return as_many(path, images, labels)
@@ -130,10 +132,19 @@ def read_flat_folder(folder: str, data_dir: Path, split: str) -> Arrays:
     return images, np.zeros(len(names), np.int64)
 
 
+def whole_numbers(values: object) -> np.ndarray:
+    """Labels as int64 [N]. Raises `ValueError` for what is no whole number."""
+    numbers = np.asarray(values)
+    labels = numbers.astype(np.int64)
+    if labels.ndim != 1 or not (labels == numbers).all():
+        raise ValueError("its labels are no whole numbers")
+    return labels
+
+
 def as_many(path: Path, images: np.ndarray, labels: np.ndarray) -> Arrays:
     """Images and labels, of which there must be as many, and some."""
     if len(images) != len(labels) or not len(images):
         raise UserError(
-            f"{path}: {len(images)} images and {len(labels)} labels; expected as many of both. Fetch the files again"
+            f"{path}: {len(images)} images and {len(labels)} labels; expected as many of each. Fetch the files again"
         )
     return np.ascontiguousarray(images), labels.astype(np.int64)

@@ -4,7 +4,7 @@
 
 takes a folder with one folder of images per class and writes 10,000 PNG files of 32x32 pixels below --data-dir: short
 side to 256, the middle 256x256, then 32x32. Pillow averages when it shrinks; the older "resize" sets were made
-by dropping pixels, and the aliases gave their images away.
+by dropping pixels, and the aliasing made their images easy to detect.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from cli.errors import UserError, run_command
+from cli.options import seed_number
 from datasets.tasks import class_folders
-from utils import UserError, derive_seed, run_command, seed_number
 
 MIDDLE, SIDE = 256, 32  # pixels: of the cut-out, of the result
 
@@ -75,12 +76,17 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "datasets.make_fix", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--source", type=Path, required=True, help="folder with one folder of images per class")
-    parser.add_argument("--name", choices=list(RECIPES), required=True, help="which set to make")
+    parser.add_argument("--source", type=Path, required=True, help="Folder with one folder of images per class")
+    parser.add_argument("--name", choices=list(RECIPES), required=True, help="Set to make")
     parser.add_argument(
-        "--data-dir", type=Path, default=Path("datasets"), help="where to write its folder (default: ./datasets)"
+        "--data-dir",
+        type=Path,
+        default=Path("datasets"),
+        help="Folder to write the set's folder to (default: ./datasets)",
     )
-    parser.add_argument("--seed", type=seed_number, default=0, help="of the choice of images (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=seed_number, default=0, help="Random seed of the choice of images (default: %(default)s)"
+    )
     return parser
 
 
@@ -94,7 +100,7 @@ def make_fix(name: str, recipe: Recipe, source: Path, data_dir: Path, seed: int)
     Raises:
         UserError: the source lacks classes or images, one cannot be decoded, or the folder exists.
     """
-    from datasets.folders import for_each, open_image, raise_first
+    from datasets.folders import decoded, for_each, in_mode, raise_all
     from datasets.obtain import write_record
 
     target, staging = data_dir / recipe.folder, data_dir / f".{recipe.folder}.making"
@@ -104,19 +110,21 @@ def make_fix(name: str, recipe: Recipe, source: Path, data_dir: Path, seed: int)
 
     def convert(index: int) -> str | None:
         try:
-            shrink(open_image(chosen[index], channels=3)).save(staging / f"correct_resize_{index}.png")
+            with decoded(chosen[index]) as image:
+                small = shrink(in_mode(image, channels=3))
         except UserError as error:
             return str(error)
+        small.save(staging / f"correct_resize_{index}.png")
         return None
 
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        raise_first(for_each(convert, len(chosen), f"making {name}"))
+        raise_all(for_each(convert, len(chosen), f"making {name}"))
         staging.replace(target)
     except OSError as error:
         raise UserError(
-            f"cannot write {target}: {error.strerror or error}. Choose a --data-dir you may write to, with room left"
+            f"cannot write {target}: {error.strerror or error}. Choose another --data-dir, with free space"
         ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -144,6 +152,7 @@ def choose(recipe: Recipe, source: Path, seed: int) -> list[Path]:
     import random
 
     from datasets.folders import list_images
+    from utils import derive_seed
 
     pools = [[folder / name for name in list_images(folder)] for folder in find_classes(recipe, source)]
     if not recipe.even:

@@ -20,11 +20,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
+
+from cli.errors import UserError
+from cli.files import write_json
 from datasets.archives import FetchError, digest, fetch, inner_folder, unpack
 from datasets.folders import IMAGE_SUFFIXES, forget_packed, list_images
 from datasets.formats import Arrays, existing
 from datasets.sources import SOURCES, Download, Source
-from utils import UserError, write_json
 
 try:
     import fcntl
@@ -48,7 +51,7 @@ def _is_there(download: Download, data_dir: Path, split: str) -> bool:
         return existing(target).is_file()
     if download.contents:
         return all((target / file).is_file() for file in download.contents[split])
-    return bool(list_images(target))
+    return target.is_dir() and bool(list_images(target))
 
 
 def read_source(name: str, data_dir: Path, split: str) -> Arrays:
@@ -62,12 +65,22 @@ def read_source(name: str, data_dir: Path, split: str) -> Arrays:
         print(f"{name} is not in {data_dir}: fetching it", flush=True)
         obtain(name, data_dir, (split,))
     images, labels = source.read(data_dir, split)
+    check_labels(name, data_dir, labels)
     if len(images) != source.counts[split]:
         print(
             f"note: {name} in {data_dir} has {len(images):,} {split} images; {source.counts[split]:,} are published",
             flush=True,
         )
     return images, labels
+
+
+def check_labels(name: str, data_dir: Path, labels: np.ndarray) -> None:
+    """Raise `UserError` where labels [N] of a data set do not fit its classes."""
+    classes = SOURCES[name].classes
+    if labels.min() < 0 or labels.max() >= classes:
+        raise UserError(
+            f"{name} in {data_dir}: labels {labels.min()} to {labels.max()}, expected 0 to {classes - 1}. {REPLACE}"
+        )
 
 
 def verify(name: str, data_dir: Path, split: str) -> dict:
@@ -95,10 +108,7 @@ def verify(name: str, data_dir: Path, split: str) -> dict:
         raise UserError(
             f"{where}: images are {list(images.shape[1:])}, expected {list(source.shape)} (channels, height, width)"
         )
-    if labels.min() < 0 or labels.max() >= source.classes:
-        raise UserError(
-            f"{where}: labels {labels.min()} to {labels.max()}, expected 0 to {source.classes - 1}. {REPLACE}"
-        )
+    check_labels(name, data_dir, labels)
     figures = {"count": len(images), "sha256": hashlib.sha256(images).hexdigest()}
     recorded = read_record(name, data_dir).get("splits", {}).get(split, figures)
     if recorded != figures:
@@ -110,7 +120,7 @@ def verify(name: str, data_dir: Path, split: str) -> dict:
 
 
 def _checksums(source: Source, data_dir: Path, split: str) -> list[tuple[Path, str]]:
-    """Files on disk whose published MD5 is known; no .gz file, which may have been packed anew and be as good."""
+    """Files on disk whose published MD5 is known; no .gz file, which may have been repacked and be as good."""
     needed = [download for download in source.downloads if split in download.splits]
     kept = [(data_dir / d.target, d.md5) for d in needed if not d.unpack and d.md5 and not d.target.endswith(".gz")]
     return kept + [(data_dir / d.target / file, md5) for d in needed for file, md5 in d.contents.get(split, {}).items()]
@@ -120,7 +130,7 @@ def _checksums(source: Source, data_dir: Path, split: str) -> list[tuple[Path, s
 
 
 def record_path(name: str, data_dir: Path) -> Path:
-    """Where it is noted whence a data set came and what it held."""
+    """The file that records where a data set came from and what it held."""
     return Path(data_dir) / f"{name}.json"
 
 
@@ -135,7 +145,7 @@ def read_record(name: str, data_dir: Path) -> dict:
 
 
 def write_record(name: str, data_dir: Path, origins: dict, splits: dict) -> None:
-    """Note for each file its origin and SHA-256 and for each split its figures, beside what is noted already."""
+    """Note for each file its origin and SHA-256, for each split its count and checksum, beside those already there."""
     record = read_record(name, data_dir)
     files, figures = record.get("files", {}) | origins, record.get("splits", {}) | splits
     write_json(
@@ -150,7 +160,7 @@ def write_record(name: str, data_dir: Path, origins: dict, splits: dict) -> None
 def obtain(name: str, data_dir: Path, splits: tuple[str, ...] | None = None, given: Path | None = None) -> bool:
     """Make the splits of a data set (all, unless told) complete below `data_dir`.
 
-    Everything is unpacked or copied into a folder aside, verified there and moved to its place only then; what was
+    Everything is unpacked or copied into a separate folder, verified there and moved to its place only then; what was
     fetched is kept until it is there, so that an interruption at any moment costs no second download.
 
     Args:
@@ -160,7 +170,7 @@ def obtain(name: str, data_dir: Path, splits: tuple[str, ...] | None = None, giv
         Whether anything had to be done.
 
     Raises:
-        UserError: the data cannot be had, or are not what they should be. What a broken transfer brought is kept.
+        UserError: the data cannot be obtained, or are not what they should be. A partial download is kept.
     """
     source, data_dir = SOURCES[name], Path(data_dir)
     staging = data_dir / f".{name}.staging"
@@ -184,12 +194,14 @@ def obtain(name: str, data_dir: Path, splits: tuple[str, ...] | None = None, giv
             write_record(name, data_dir, notes, figures)
             _forget_parts(downloads, data_dir)
         except UserError as error:
-            if not given:  # what came is not what it should be: the next attempt fetches it anew
+            if not given:  # the file is not what it should be: the next attempt fetches it anew
                 _forget_parts(downloads, data_dir)
-            raise UserError(str(error).replace(f"{staging}/", f"{name}: ").replace(str(staging), "what came")) from None
+            raise UserError(
+                str(error).replace(f"{staging}/", f"{name}: ").replace(str(staging), "the file received")
+            ) from None
         except OSError as error:
             raise UserError(
-                f"cannot put {name} into {data_dir}: {error}. Choose another --data-dir, with room left"
+                f"cannot move {name} into {data_dir}: {error}. Choose another --data-dir, with free space"
             ) from None
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -231,7 +243,7 @@ def _stage(
     """Put the content of a download, the file or folder `path` from `origin`, below `staging`; `path` stays as it is.
 
     Returns:
-        Its path there and a note of whence it came.
+        its path there and a note of where it came from.
     """
     target = staging / download.target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -297,7 +309,7 @@ def advice(name: str, data_dir: Path) -> str:
     addresses = " ".join(download.addresses[0] for download in SOURCES[name].downloads)
     place = shlex.quote(str(data_dir.resolve()))
     return (
-        f"Run it again to go on, or fetch {addresses} by other means and import it, in the "
+        f"Run the command again to go on, or fetch {addresses} by other means and import it, in the "
         f"repository's root: python -m datasets.download {name} --data-dir {place} --from FILE_OR_FOLDER; "
         "the digits need no download"
     )
@@ -326,7 +338,7 @@ def _found(name: str, download: Download, given: Path) -> Path:
         if md5 != download.md5:
             raise UserError(
                 f"{found}: is not the published file of {name} (MD5 {md5}, expected {download.md5}). "
-                "Fetch it again, or, if it was only packed anew, unpack it and import the folder"
+                "Fetch it again, or, if it was only repacked, unpack it and import the folder"
             )
     return found
 

@@ -1,4 +1,4 @@
-"""The published data sets: where they lie on disk, whence they come, what they hold.
+"""The published data sets: where they are on disk, where they come from, what they hold.
 
 A new data set is one entry in `SOURCES`, and one reader if its files are laid out in a new way.
 """

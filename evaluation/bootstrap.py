@@ -129,4 +129,4 @@ def _check(pairs: list[Pair], groups: list[Hashable], resamples: int, level: flo
                     f"all scores of group {group!r} must be of the same images, at least one of each kind"
                 )
         if any(scores.isnan().any() for scores in pair):
-            raise ValueError(f"scores of group {group!r} are no numbers")
+            raise ValueError(f"scores of group {group!r} are not finite")

@@ -1,4 +1,4 @@
-"""Figures of detection and classification: pure functions of scores, logits and labels.
+"""Metrics of detection and classification: pure functions of scores, logits and labels.
 
 OOD is the positive class and a larger score means more likely OOD.
 """
@@ -9,32 +9,52 @@ import torch
 from pytorch_ood.metrics import functional as ood_metrics
 from torch import Tensor
 
+from cli.errors import UserError
+
 
 def auroc(ind_scores: Tensor, ood_scores: Tensor) -> float:
-    """Probability that an OOD image scores above an IND image, ties counting half: [N], [M] scores."""
+    """Probability that an OOD image scores above an IND image, ties counting half: [N], [M] scores.
+
+    Raises:
+        UserError: a score is no finite number.
+    """
     return ood_metrics.auroc(*_labelled(ind_scores, ood_scores)).item()
 
 
 def detection_metrics(ind_scores: Tensor, ood_scores: Tensor) -> dict[str, float]:
-    """Threshold-free and threshold figures of [N] IND and [M] OOD scores.
+    """Threshold-free and threshold metrics of [N] IND and [M] OOD scores.
 
     Returns:
         auroc; fpr95: share of IND images at or above the threshold that detects 95 % of the OOD images;
-        aupr_out, aupr_in: area under the precision-recall curve with OOD, or IND, as the positive class.
+        aupr_out, aupr_in: average precision with OOD, or IND, as the positive class; images with the same score are
+            found at once.
+
+    Raises:
+        UserError: a score is no finite number.
     """
+    from sklearn.metrics import average_precision_score
+
     scores, labels = _labelled(ind_scores, ood_scores)
+    is_ood, values = (labels < 0).cpu().numpy(), scores.double().cpu().numpy()
     return {
         "auroc": ood_metrics.auroc(scores, labels).item(),
         "fpr95": ood_metrics.fpr_at_tpr(scores, labels, 0.95).item(),
-        "aupr_out": ood_metrics.aupr(scores, labels, "ood").item(),
-        "aupr_in": ood_metrics.aupr(scores, labels, "id").item(),
+        "aupr_out": float(average_precision_score(is_ood, values)),
+        "aupr_in": float(average_precision_score(~is_ood, -values)),
     }
 
 
 def _labelled(ind_scores: Tensor, ood_scores: Tensor) -> tuple[Tensor, Tensor]:
     labels = torch.zeros(len(ind_scores) + len(ood_scores), dtype=torch.int64, device=ind_scores.device)
     labels[len(ind_scores) :] = -1
-    return torch.cat([ind_scores, ood_scores]), labels
+    scores = torch.cat([ind_scores, ood_scores])
+    bad = int((~scores.isfinite()).sum())
+    if bad:
+        raise UserError(
+            f"{bad:,} of {len(scores):,} scores are not finite: the network's values grow too large; train it anew, "
+            "with a lower --lr or --precision fp32"
+        )
+    return scores, labels
 
 
 def accuracy(logits: Tensor, labels: Tensor, num_ind: int) -> float:

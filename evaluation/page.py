@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Protocol
 
-from utils import replacing
+from cli.files import replacing
 
 # --- what a page is made of ---------------------------------------------------------------------
 

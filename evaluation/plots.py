@@ -1,131 +1,24 @@
 """Figures of images, scores and AUROC: plain data in, a matplotlib figure out.
 
-Nothing is drawn on a screen and nothing of pyplot's state is touched; matplotlib is imported only to draw. AUROC comes
-in as a share, as metrics and result files have it, and is drawn in per cent; OOD is the positive class and a larger
-score means more likely OOD.
+AUROC comes in as a share, as metrics and result files have it, and is drawn in per cent; OOD is the positive class and
+a larger score means more likely OOD.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
-from itertools import cycle
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from sklearn.isotonic import isotonic_regression
+from sklearn.metrics import roc_curve
 
+from evaluation.figure_style import GREY, INK, KINDS, LIGHT, OURS, PIXELS, line_styles, new_figure, styled
 from evaluation.metrics import auroc
 from evaluation.report import THE_METHOD, mean_and_sd, spread
-from utils import replacing
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-# --- style --------------------------------------------------------------------------------------
-
-WIDTH = 6.4  # inches, at 110 to 130 pixels each where a page shows the picture
-PIXELS = 200  # an inch of a PNG file
-INK, GREY, LIGHT = "#222222", "#767676", "#b4b4b4"
-STYLE = {
-    "font.size": 10,
-    "axes.labelsize": 10,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "legend.fontsize": 9,
-    "legend.frameon": False,
-    "legend.handlelength": 2.6,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": GREY,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": "#e6e6e6",
-    "lines.linewidth": 1.8,
-    "lines.markersize": 5,
-    "figure.dpi": 100,
-    "figure.constrained_layout.w_pad": 0.08,
-    "figure.constrained_layout.h_pad": 0.06,
-    "text.parse_math": False,  # names of data sets are drawn as they are
-    "svg.fonttype": "path",  # text looks the same wherever the picture is shown
-    "svg.hashsalt": "figure",  # the same data make the same file
-}
-
-# The palette of Okabe and Ito (Color Universal Design, 2008). Colour never tells things apart alone.
-KNOWN_LINES = {
-    "CMG-energy": {"color": "#0072b2", "linestyle": "-", "marker": "o"},
-    "CMG-softmax": {"color": "#d55e00", "linestyle": "--", "marker": "s"},
-}
-OTHER_LINES = (
-    {"color": "#009e73", "linestyle": "-.", "marker": "^"},
-    {"color": "#cc79a7", "linestyle": ":", "marker": "D"},
-    {"color": "#56b4e9", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "v"},
-    {"color": "#e69f00", "linestyle": (0, (1, 1)), "marker": "P"},
-)
-KINDS = (  # of images, in the order of `score_histograms`
-    {"color": "#009e73", "linestyle": "-"},
-    {"color": "#e69f00", "linestyle": "--"},
-    {"color": "#cc79a7", "linestyle": "-."},
-)
-OURS = "CMG"  # what the names of the method's own detectors begin with
-
-
-def line_styles(names: Sequence[str]) -> dict[str, dict]:
-    """Colour, line and marker of each name: always the same for the method's modes, the others in turn."""
-    others = cycle(OTHER_LINES)
-    return {name: KNOWN_LINES.get(name) or next(others) for name in names}
-
-
-def styled(function: Callable) -> Callable:
-    """`function` under `STYLE`, whatever the user's own settings are."""
-
-    @wraps(function)
-    def under_style(*args, **kwargs):
-        import matplotlib
-
-        with matplotlib.rc_context():
-            matplotlib.rcdefaults()
-            matplotlib.rcParams.update(STYLE)
-            return function(*args, **kwargs)
-
-    return under_style
-
-
-def _new(height: float) -> tuple[Figure, Axes]:
-    """A figure of so many inches with one pair of axes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((WIDTH, height), layout="constrained")
-    return figure, figure.add_subplot()
-
-
-# --- files --------------------------------------------------------------------------------------
-
-
-@styled
-def figure_bytes(figure: Figure, kind: str = "svg") -> bytes:
-    """The figure as a file in memory: "svg", or "png" at 200 pixels an inch. The same figure gives the same bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=PIXELS, metadata={"svg": {"Date": None}}.get(kind))
-    return buffer.getvalue()
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write the figure as PNG, whole or not at all. Raises `UserError` when it cannot be written."""
-    content = figure_bytes(figure, "png")
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
-
 
 # --- images -------------------------------------------------------------------------------------
 
@@ -143,8 +36,6 @@ def sample_grid(kinds: Mapping[str, torch.Tensor]) -> Figure:
 
     Each pixel becomes a square of whole pixels of the PNG file: nothing is smoothed.
     """
-    from matplotlib.figure import Figure
-
     grids = {kind: tile(images) for kind, images in kinds.items()}
     width = max(grid.shape[1] for grid in grids.values()) + 2 * MARGIN
     height = sum(LABEL + grid.shape[0] for grid in grids.values()) + MARGIN
@@ -181,12 +72,13 @@ BINS = 40
 REACH = 0.002  # share of each kind's scores, at either end, that may lie beyond the axis
 LEAST = 1e-16  # probability of which log-odds are taken, or by which one may fall short of 1
 SCORE_NAMES = {
-    "CMG-energy": "CMG-energy score: −logsumexp of {energies}",
-    "CMG-softmax": "CMG-softmax score: probability of the OOD slot",
+    "energy-ind": "−logsumexp of the IND logits",
+    "energy-all": "−logsumexp of all logits",
+    "ood-slot": "probability of the OOD slot",
+    "msp-ind": "1 − largest softmax probability of an IND class",
 }
 MARGIN_NAMES = (r"$m_\mathrm{in}$", r"$m_\mathrm{out}$")
 MARGINS_NOTE = f"{MARGIN_NAMES[0]} and {MARGIN_NAMES[1]}: margins of the loss."
-ENERGIES = {"ind": "the IND logits", "all": "all logits"}  # over which an energy is, as eval's options name it
 BEYOND_NOTE = "The outermost bins hold what lies beyond them too."
 
 
@@ -194,16 +86,17 @@ BEYOND_NOTE = "The outermost bins hold what lies beyond them too."
 def score_histograms(
     detector: str,
     scores: Mapping[str, Sequence[float]],
+    score: str,
     margins: tuple[float, float] | None = None,
     loss_energy: str = "all",
-    score_energy: str = "ind",
 ) -> Figure:
     """How one detector scores up to three kinds of images.
 
     Args:
         scores: kind of images -> scores [N], IND images first: the legend tells the AUROC of the others against them.
-        margins: m_in and m_out of CMG-energy, to be marked.
-        loss_energy, score_energy: logits of the energies that its margins and its score are, "all" or "ind".
+        score: its OOD score, a key of `cmg.scores.SCORES`.
+        margins: m_in and m_out of CMG-energy, marked where the score is an energy.
+        loss_energy: logits of the energies that the margins are, "all" or "ind".
 
     Probabilities, which is what scores all within [0, 1] are, are drawn as log-odds: nearly all are close to 0 or 1.
     """
@@ -211,17 +104,19 @@ def score_histograms(
     (_, ind), *others = scores.items()
     legend = {kind: f"{kind}\nn = {len(part):,}" for kind, part in scores.items()}
     legend |= {kind: f"{legend[kind]}\nAUROC {_per_cent(_auroc(ind, part))}" for kind, part in others}
-    name = SCORE_NAMES.get(detector, "{detector} score").format(detector=detector, energies=ENERGIES[score_energy])
+    name = f"{detector} score: {SCORE_NAMES.get(score, score)}"
     if all(part.min() >= 0 and part.max() <= 1 for part in scores.values()):
         scores, name = {kind: log_odds(part) for kind, part in scores.items()}, f"{name}, as log-odds"
+    if not score.startswith("energy-"):
+        margins = None
     edges = bin_edges([*scores.values()], margins or ())
     notes = [MARGINS_NOTE] if margins else []
-    if margins and loss_energy != score_energy:
-        notes[0] += f" They are energies over {ENERGIES[loss_energy]}, the score is over {ENERGIES[score_energy]}."
+    if margins and score != f"energy-{loss_energy}":
+        notes[0] += f" They are energies: {SCORE_NAMES[f'energy-{loss_energy}']}."
     if any(part.min() < edges[0] or part.max() > edges[-1] for part in scores.values()):
         notes.append(BEYOND_NOTE)
 
-    figure, axes = _new(3.9)
+    figure, axes = new_figure(3.9)
     for (kind, part), style in zip(scores.items(), KINDS[: len(scores)], strict=True):
         share = 100 * np.histogram(part.clip(edges[0], edges[-1]), edges)[0] / len(part)
         axes.stairs(share, edges, fill=True, alpha=0.25, color=style["color"])
@@ -264,8 +159,6 @@ def roc_curves(detectors: Mapping[str, tuple[Sequence[float], Sequence[float]]],
 
     From seven detectors on only CMG's have colours of their own: the others are grey, and the best of them is named.
     """
-    from sklearn.metrics import roc_curve
-
     pairs = {name: tuple(_checked(name, part) for part in pair) for name, pair in detectors.items()}
     areas = {name: _auroc(*pair) for name, pair in pairs.items()}
     names = sorted(areas, key=areas.get, reverse=True)
@@ -282,7 +175,7 @@ def roc_curves(detectors: Mapping[str, tuple[Sequence[float], Sequence[float]]],
         spread = f"{100 * areas[rest[-1]]:.2f} to {_per_cent(areas[rest[0]])}"
         legend[rest[0]] = f"the remaining {len(rest)}\nAUROC {spread}"
 
-    figure, axes = _new(4.1)
+    figure, axes = new_figure(4.1)
     axes.plot([0, 100], [0, 100], color=LIGHT, linewidth=1, linestyle=":", zorder=1, label="_chance")
     axes.text(52, 47, "chance", color=GREY, fontsize=8, rotation=45, rotation_mode="anchor", va="top", ha="center")
     for name in [*named, *crowd]:
@@ -325,17 +218,17 @@ MARKS = {  # points of a run: how they look, and what the legend says of them
 
 @styled
 def auroc_over_steps(runs: Sequence[Mapping], ood_dataset: str, baselines: Mapping[str, float] | None = None) -> Figure:
-    """The AUROC of every check over the steps of fine-tuning: the mean over the seeds, and thinner each by itself.
+    """The AUROC of every evaluation over the steps of fine-tuning: the mean over the seeds, and each seed thinner.
 
-    Marked for each seed: "last", after the last step; "max", the best check, which is selected on the test images;
+    Marked for each seed: "last", after the last step; "max", the best evaluation, which is selected on the test images;
     "validated", at the step chosen without them, where there is one.
 
     Args:
-        runs: as in the "runs" of eval's result files; the runs of a mode checked at the same steps.
+        runs: as in the "runs" of eval's result files; the runs of a mode evaluated at the same steps.
         ood_dataset: which AUROC.
-        baselines: name -> AUROC of an untouched classifier.
+        baselines: name -> AUROC of the pretrained classifier.
     """
-    figure, axes = _new(3.8)
+    figure, axes = new_figure(3.8)
     ends, used = [], set()
     for mode, style in line_styles(list(dict.fromkeys(run["mode"] for run in runs))).items():
         members = [run for run in runs if run["mode"] == mode]
@@ -363,8 +256,6 @@ def auroc_over_steps(runs: Sequence[Mapping], ood_dataset: str, baselines: Mappi
 
 def _explain_marks(axes: Axes, marks: Sequence[str]) -> None:
     """A legend above the axes, in grey: a mark means the same in every colour."""
-    from matplotlib.lines import Line2D
-
     looks = {MARKS[mark][1]: MARKS[mark][0] | {"color": GREY, "linestyle": ""} for mark in marks}
     handles = [Line2D([], [], label=label, **look) for label, look in looks.items()]
     place = {"loc": "lower left", "bbox_to_anchor": (0, 1.02), "ncols": len(marks), "borderaxespad": 0, "borderpad": 0}
@@ -384,9 +275,9 @@ def sweep(
         modes: mode -> value of the option -> AUROC of each seed.
         option: what to call it, with its unit where it has one.
         own: the method's own value, to be marked.
-        baselines: name -> AUROC of an untouched classifier.
+        baselines: name -> AUROC of the pretrained classifier.
     """
-    figure, axes = _new(3.6)
+    figure, axes = new_figure(3.6)
     ends = []
     for mode, style in line_styles(list(modes)).items():
         points = [(value, [100 * share for share in shares]) for value, shares in sorted(modes[mode].items())]
@@ -416,7 +307,7 @@ def _name_lines(axes: Axes, ends: list, baselines: Mapping[str, float] | None, l
     baselines = {name: 100 * share for name, share in (baselines or {}).items()}
     for name, height in baselines.items():
         axes.axhline(height, color=GREY, linewidth=1, linestyle=(0, (6, 3)), label=name, zorder=1)
-    ends = [*ends, *((height, f"{name}, untouched\n{height:.2f}", GREY) for name, height in baselines.items())]
+    ends = [*ends, *((height, f"{name}, pretrained\n{height:.2f}", GREY) for name, height in baselines.items())]
     low, high = axes.get_ylim()
     high = min(high, 100 + 0.02 * (100 - low))  # nothing is above 100 %
     axes.set(ylim=(low, high), ylabel=label)
@@ -433,8 +324,6 @@ def spread_out(places: Sequence[float], gap: float, low: float, high: float) -> 
 
     Where there is no room for that they go beyond `high`.
     """
-    from sklearn.isotonic import isotonic_regression
-
     order, steps = np.argsort(places, kind="stable"), gap * np.arange(len(places))
     placed = np.empty(len(places))
     least, greatest = low, max(low, high - steps[-1])

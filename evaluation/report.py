@@ -1,27 +1,24 @@
-"""From scores to figures, and from figures to tables, as text and in Markdown."""
+"""From scores to metrics, and from metrics to tables, as text and in Markdown."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
 from datasets import tasks
 from evaluation.metrics import accuracy, detection_metrics, expected_calibration_error
-from evaluation.scores import energy, msp_score
 
-IND_TEST, PSEUDO = tasks.IND_TEST, tasks.PSEUDO
+IND_TEST, PSEUDO, PRETRAINED = tasks.IND_TEST, tasks.PSEUDO, tasks.PRETRAINED
 THE_METHOD = "the method"  # what is compared with changes of it
 POSITIVE_CLASS = "OOD is the positive class; a larger score means more likely OOD"
 
-FIGURES = {"auroc": "AUROC", "fpr95": "FPR95", "aupr_out": "AUPR-out", "aupr_in": "AUPR-in"}
-IND_FIGURES = {"accuracy": "accuracy", "ece": "ECE (15 bins)"}
-# Scores of the untouched classifier, over all its logits.
-BASELINES: dict[str, Callable[[Tensor], Tensor]] = {"MSP": msp_score, "energy": energy}
+METRICS = {"auroc": "AUROC", "fpr95": "FPR95", "aupr_out": "AUPR-out", "aupr_in": "AUPR-in"}
+IND_METRICS = {"accuracy": "accuracy", "ece": "ECE (15 bins)"}
 
 
-def ind_figures(logits: Tensor, labels: Tensor, num_ind: int) -> dict[str, float]:
+def ind_metrics(logits: Tensor, labels: Tensor, num_ind: int) -> dict[str, float]:
     """Accuracy and calibration on the IND test images."""
     return {"accuracy": accuracy(logits, labels, num_ind), "ece": expected_calibration_error(logits, labels, num_ind)}
 
@@ -44,74 +41,90 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"mean": statistics.mean(values), "sd": sd, "n": len(values)}
 
 
-def summarise(rows: Iterable[dict], keys: Sequence[str], figures: Iterable[str]) -> list[dict]:
-    """Rows that agree in `keys` as one, with the `spread` of each figure that some of them have."""
+def aggregate(rows: Iterable[dict], keys: Sequence[str], metrics: Iterable[str]) -> list[dict]:
+    """Rows that agree in `keys` as one, with the `spread` of each metric that some of them have."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     return [
         dict(zip(keys, key, strict=True))
         | {
-            figure: spread(values)
-            for figure in figures
-            if (values := [row[figure] for row in members if figure in row])
+            metric: spread(values)
+            for metric in metrics
+            if (values := [row[metric] for row in members if metric in row])
         }
         for key, members in groups.items()
     ]
 
 
-def means(rows: Iterable[dict], keys: Sequence[str], figures: Sequence[str]) -> list[dict]:
+def means(rows: Iterable[dict], keys: Sequence[str], metrics: Sequence[str]) -> list[dict]:
     """Rows that agree in `keys` as one row of the means."""
     return [
         {name: value if name in keys else value["mean"] for name, value in row.items()}
-        for row in summarise(rows, keys, figures)
+        for row in aggregate(rows, keys, metrics)
     ]
 
 
-def cell(figure: dict[str, float] | None) -> str:
+def cell(metric: dict[str, float] | None) -> str:
     """A `spread` in per cent: "97.12 ± 0.34", or "97.12" of one value, or "-" of none."""
-    if figure is None:
+    if metric is None:
         return "-"
-    mean = f"{100 * figure['mean']:.2f}"
-    return f"{mean} ± {100 * figure['sd']:.2f}" if figure["n"] > 1 else mean
+    mean = f"{100 * metric['mean']:.2f}"
+    return f"{mean} ± {100 * metric['sd']:.2f}" if metric["n"] > 1 else mean
 
 
 def mean_and_sd(values: Sequence[float]) -> str:
-    """Likewise, of the values themselves."""
+    """The mean and standard deviation of values in per cent, as `cell` writes them."""
     return cell(spread(values) if values else None)
 
 
-def cells(summary: Iterable[dict], keys: Sequence[str], figures: Iterable[str]) -> list[list[str]]:
-    """A line of a table for each row of `summarise`."""
-    return [[*(row[key] for key in keys), *(cell(row.get(figure)) for figure in figures)] for row in summary]
+def cells(summary: Iterable[dict], keys: Sequence[str], metrics: Iterable[str]) -> list[list[str]]:
+    """A line of a table for each row of `aggregate`."""
+    return [[*(row[key] for key in keys), *(cell(row.get(metric)) for metric in metrics)] for row in summary]
+
+
+def left_out(results: Iterable[dict]) -> dict[str, str]:
+    """Each post-hoc detector that some of the results have left out -> "(the reason)", of several the first, and in how
+    many of them."""
+    reasons: dict[str, list[str]] = {}
+    results = list(results)
+    for result in results:
+        for name, reason in result.get("left_out", {}).items():
+            reasons.setdefault(name, []).append(reason)
+    return {
+        name: f"({found[0]})" if len(results) == 1 else f"in {len(found)} of {len(results)} results ({found[0]})"
+        for name, found in reasons.items()
+    }
 
 
 # --- the table ----------------------------------------------------------------------------------
 
 NOTES = {
-    "last": "after the last step, nothing selected: the figure to report",
+    "last": "after the last step, nothing selected: what to report",
     "validated": "at the step chosen on IND images kept from training, against pseudo-OOD images",
-    "max": "best AUROC over the checks: the paper's protocol, selected on the test images",
-    "untouched": "the classifier before fine-tuning",
+    "max": "best AUROC over the evaluations: the paper's protocol, selected on the test images",
+    PRETRAINED: "the classifier before fine-tuning",
 }
 
 
-def format_table(rows: list[dict]) -> str:
-    """Detection rows as text in per cent, seeds merged into mean ± standard deviation."""
+def format_table(rows: list[dict], left_out: Mapping[str, str] | None = None) -> str:
+    """Detection rows as text in per cent, seeds merged into mean ± standard deviation, and under them the detectors
+    that are left out, with the reasons."""
     keys = ("ood_dataset", "method", "at")
-    table = cells(summarise(rows, keys, FIGURES), keys, FIGURES)
+    table = cells(aggregate(rows, keys, METRICS), keys, METRICS)
     used = {row["at"] for row in rows}
     notes = [f"{at}: {note}." for at, note in NOTES.items() if at in used]
     return "\n".join(
-        [align([["OOD set", "method", "step", *FIGURES.values()], *table]), "", f"{POSITIVE_CLASS}.", *notes]
+        [align([["OOD set", "method", "step", *METRICS.values()], *table]), "", f"{POSITIVE_CLASS}.", *notes]
+        + [f"{name} is left out {reason}." for name, reason in (left_out or {}).items()]
     )
 
 
 def format_ind_table(rows: list[dict]) -> str:
-    """Rows of figures on IND test images, likewise."""
+    """Rows of metrics on IND test images as text in per cent, seeds merged likewise."""
     keys = ("method", "at")
-    table = cells(summarise(rows, keys, IND_FIGURES), keys, IND_FIGURES)
-    return align([["IND test images", "step", *IND_FIGURES.values()], *table])
+    table = cells(aggregate(rows, keys, IND_METRICS), keys, IND_METRICS)
+    return align([["IND test images", "step", *IND_METRICS.values()], *table])
 
 
 def align(lines: list[list[str]]) -> str:

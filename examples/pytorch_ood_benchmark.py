@@ -14,44 +14,55 @@ import argparse
 import sys
 from pathlib import Path
 
-from datasets.tasks import COMMANDS, TASKS, default_checkpoint
-from utils import UserError, add_machine_arguments, positive_int, run_command, seed_number
+import pytorch_ood.benchmark
+from pytorch_ood.detector import KNN, EnergyBased, MaxSoftmax
+from pytorch_ood.utils import ToRGB, extract_features
+from torch.utils.data import DataLoader
+from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
+
+from cli.errors import UserError, run_command
+from cli.options import add_machine_arguments, add_seed_argument, positive_int
+from cmg.config import FineTuneConfig, config_for
+from cmg.detector import CMGDetector
+from cmg.losses import MODES
+from datasets.tasks import COMMANDS, TASKS, Experiment
+from evaluation.report import METRICS, POSITIVE_CLASS, aggregate, align, cells
+from models.inference import CHUNK
+from models.main_model import MainModel
+from models.vae import ConditionalVAE
+from training.networks import load_networks
+from utils import pick_precision, start_computing
 
 TASK, PARTITION = "different_dataset", "all"
 BENCHMARKS = {"odin": "CIFAR10_ODIN", "openood": "CIFAR10_OpenOOD"}  # classes of pytorch_ood.benchmark
-METRICS = {"AUROC": "auroc", "FPR95TPR": "fpr95", "AUPR-OUT": "aupr_out", "AUPR-IN": "aupr_in"}  # theirs -> ours
+THEIR_METRICS = {"AUROC": "auroc", "FPR95TPR": "fpr95", "AUPR-OUT": "aupr_out", "AUPR-IN": "aupr_in"}  # theirs -> ours
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "examples.pytorch_ood_benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--benchmark", choices=list(BENCHMARKS), default="odin", help="(default: %(default)s)")
-    parser.add_argument("--params-dict-name", type=Path, help="the classifier's checkpoint")
-    parser.add_argument("--params-dict-name2", type=Path, help="the CVAE's checkpoint")
-    parser.add_argument("--epochs", type=positive_int, help="of fine-tuning (default: the task's)")
-    parser.add_argument("--seed", type=seed_number, default=123, help="of fine-tuning (default: %(default)s)")
+    parser.add_argument(
+        "--benchmark", choices=list(BENCHMARKS), default="odin", help="Benchmark of pytorch-ood (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--params-dict-name", type=Path, help="The classifier's checkpoint (default: where train writes it)"
+    )
+    parser.add_argument("--params-dict-name2", type=Path, help="The CVAE's checkpoint (default: where train writes it)")
+    parser.add_argument("--epochs", type=positive_int, help="Epochs of fine-tuning (default: the task's)")
+    add_seed_argument(parser, " of fine-tuning")
     add_machine_arguments(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    from models.inference import CHUNK
-    from training.fine_tune import FineTuneConfig
-    from training.stage2 import load_networks
-    from utils import pick_device, pick_precision
-
-    device, task = pick_device(args.device), TASKS[TASK]
+    device, experiment = start_computing(args.device), Experiment.of(TASK, TASKS[TASK], PARTITION)
     given = {"train_classifier": args.params_dict_name, "train_cvae": args.params_dict_name2}
-    paths = {command: given[command] or default_checkpoint(TASK, PARTITION, command) for command in COMMANDS}
-    classifier, cvae, _ = load_networks(task, TASK, PARTITION, paths, device)
-    config = FineTuneConfig(
-        num_ind=len(task.partitions[PARTITION]),
-        sigma=task.sigma,
-        epochs=args.epochs or task.fine_tune_epochs,
-        precision=pick_precision(args.precision, device),
-    )
-    benchmark = make_benchmark(args.benchmark, args.data_dir, task.image_size)
+    paths = {command: given[command] or experiment.checkpoint(command) for command in COMMANDS}
+    classifier, cvae, _ = load_networks(experiment, paths, device)
+    options = {"epochs": args.epochs} if args.epochs else {}
+    config = config_for(experiment, pick_precision(args.precision, device, experiment.task.precision), **options)
+    benchmark = make_benchmark(args.benchmark, args.data_dir, experiment.task.image_size)
     rows = compare(benchmark, classifier, cvae, config, args.seed, CHUNK[device.type])
     print(f"\n{format_rows(rows)}")
 
@@ -62,10 +73,6 @@ def make_benchmark(name: str, root: Path, size: int):
     Raises:
         UserError: its data sets are not there and cannot be downloaded.
     """
-    import pytorch_ood.benchmark
-    from pytorch_ood.utils import ToRGB
-    from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
-
     transform = Compose([ToRGB(), Resize(size), CenterCrop(size), ToTensor()])
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -74,23 +81,23 @@ def make_benchmark(name: str, root: Path, size: int):
         reason = " ".join(str(error).split())
         raise UserError(
             f"--benchmark {name}: its data sets are not all in {root} and pytorch-ood cannot download them ({reason}). "
-            "Mend that, or name another --data-dir"
+            "Fix that, or name another --data-dir"
         ) from None
 
 
-def compare(benchmark, classifier, cvae, config, seed: int, batch_size: int) -> list[dict]:
+def compare(
+    benchmark,
+    classifier: MainModel,
+    cvae: ConditionalVAE,
+    config: FineTuneConfig,
+    seed: int,
+    batch_size: int,
+) -> list[dict]:
     """Fit CMG in both modes and the library's detectors on the benchmark's training set; evaluate all of them.
 
     Returns:
-        For each OOD set and detector a row of "ood_dataset", "method" and the figures of `METRICS`.
+        For each OOD set and detector a row of "ood_dataset", "method" and the metrics of `THEIR_METRICS`.
     """
-    from pytorch_ood.detector import KNN, EnergyBased, MaxSoftmax
-    from pytorch_ood.utils import extract_features
-    from torch.utils.data import DataLoader
-
-    from training.cmg_detector import CMGDetector
-    from training.fine_tune import MODES
-
     cmg = {mode: CMGDetector(classifier, cvae, config, mode, seed=seed) for mode in MODES}
     encoder = next(iter(cmg.values())).encoder
     for detector in cmg.values():
@@ -103,18 +110,16 @@ def compare(benchmark, classifier, cvae, config, seed: int, batch_size: int) -> 
     results = benchmark.evaluate(list(methods.values()), {"batch_size": batch_size}, device=str(device))
     names = list(methods) * len(benchmark.ood_names)  # the results come one OOD set after the other
     return [
-        {"ood_dataset": result["Dataset"], "method": name} | {ours: result[key] for key, ours in METRICS.items()}
+        {"ood_dataset": result["Dataset"], "method": name} | {ours: result[key] for key, ours in THEIR_METRICS.items()}
         for name, result in zip(names, results, strict=True)
     ]
 
 
 def format_rows(rows: list[dict]) -> str:
     """The rows as a table in per cent."""
-    from evaluation.report import FIGURES, POSITIVE_CLASS, align, cells, summarise
-
     keys = ("ood_dataset", "method")
-    table = cells(summarise(rows, keys, FIGURES), keys, FIGURES)
-    return f"{align([['OOD set', 'method', *FIGURES.values()], *table])}\n\n{POSITIVE_CLASS}."
+    table = cells(aggregate(rows, keys, METRICS), keys, METRICS)
+    return f"{align([['OOD set', 'method', *METRICS.values()], *table])}\n\n{POSITIVE_CLASS}."
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
-from utils import Progress, autocast
+from cli.progress import Progress
+from utils import autocast
 
 # Images at once: what keeps a GPU busy; what a processor holds in its caches (2,048 are 1.6 times slower there).
 CHUNK = {"cuda": 2048, "cpu": 128}
@@ -19,7 +20,7 @@ def for_inference(network: nn.Module) -> nn.Module:
     """A copy of a network, in eval mode, that computes the same in less time, up to rounding.
 
     Batch normalisation becomes part of the convolution before it, if that is no transposed one. And the weights ask for
-    gradients, though nobody computes any: only then does autocast keep its bf16 copies of them, instead of making new
+    gradients, though none are computed: only then does autocast keep its bf16 copies of them, instead of making new
     ones for every chunk.
     """
     network = copy.deepcopy(network).eval()

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from models.layers import EXTRACTORS, count_features
 
-HIDDEN = 512
+HEAD_HIDDEN = 512
 
 
 class Head(nn.Module):
@@ -15,11 +15,11 @@ class Head(nn.Module):
 
     def __init__(self, features: int, classes: int):
         super().__init__()
-        self.fc1 = nn.Linear(features, HIDDEN)
-        self.fc2 = nn.Linear(HIDDEN, classes)
+        self.fc1 = nn.Linear(features, HEAD_HIDDEN)
+        self.fc2 = nn.Linear(HEAD_HIDDEN, classes)
 
     def hidden(self, features: Tensor) -> Tensor:
-        """[..., features] -> [..., HIDDEN], what the last layer sees."""
+        """[..., features] -> [..., HEAD_HIDDEN], what the last layer sees."""
         return F.relu(self.fc1(features))
 
     def forward(self, features: Tensor) -> Tensor:
@@ -37,6 +37,8 @@ class MainModel(nn.Module):
 
     def __init__(self, image_size: int, image_channels: int, classes: int, dataset: str):
         super().__init__()
+        self.image_size, self.image_channels = image_size, image_channels
+        self.classes, self.dataset = classes, dataset
         self.convE = EXTRACTORS[dataset](image_channels)
         self.classifier = Head(count_features(self.convE, image_channels, image_size), classes)
 

@@ -1,11 +1,8 @@
-"""The conditional VAE and, beside it, what stage 2 makes of it: class mixing and pseudo-OOD images."""
+"""The conditional VAE, whose decoder stage 2 turns into a source of pseudo-OOD images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +10,7 @@ from torch.nn import functional as F
 
 from models.layers import EXTRACTORS, NARROW, ResidualBlock, count_features
 
-HIDDEN = 1024
+CVAE_HIDDEN = 1024
 
 
 class PlainEncoder(nn.Module):
@@ -29,22 +26,7 @@ class PlainEncoder(nn.Module):
         self.conv2 = nn.Conv2d(64, 128, 4, 2, padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return relu_of_padded(self.conv2, relu_of_padded(self.conv1, x))
-
-
-def relu_of_padded(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """relu(conv(x)) for a 4x4 convolution of stride 2, padded by 3 or by an even number more.
-
-    Outputs near the border see nothing but padding, so they are relu(bias) whatever the image: of the MNIST encoder's
-    outputs two thirds. They are written down instead of computed.
-    """
-    rim = (conv.padding[0] - 3) // 2
-    inner = F.relu(F.conv2d(x, conv.weight, conv.bias, conv.stride, padding=3))
-    height, width = (side + 2 * rim for side in inner.shape[-2:])
-    outputs = F.relu(conv.bias).to(inner.dtype)[:, None, None].expand(len(x), -1, height, width)
-    outputs = outputs.contiguous(memory_format=torch.channels_last)
-    outputs[:, :, rim : height - rim, rim : width - rim] = inner
-    return outputs
+        return F.relu(self.conv2(F.relu(self.conv1(x))))
 
 
 class PlainDecoder(nn.Module):
@@ -122,11 +104,11 @@ class ConditionalVAE(nn.Module):
         self.convD = make_decoder(image_channels)
         side = image_size // self.convD.scale
         self.decoder_shape = (self.convD.in_channels, side, side)
-        self.fcE = nn.Linear(count_features(self.convE, image_channels, image_size), HIDDEN)
-        self.fcE_mean = nn.Linear(HIDDEN, z_dim)
-        self.fcE_logvar = nn.Linear(HIDDEN, z_dim)
-        self.fromZ = nn.Linear(2 * z_dim, HIDDEN)
-        self.fcD = nn.Linear(HIDDEN, self.convD.in_channels * side * side)
+        self.fcE = nn.Linear(count_features(self.convE, image_channels, image_size), CVAE_HIDDEN)
+        self.fcE_mean = nn.Linear(CVAE_HIDDEN, z_dim)
+        self.fcE_logvar = nn.Linear(CVAE_HIDDEN, z_dim)
+        self.fromZ = nn.Linear(2 * z_dim, CVAE_HIDDEN)
+        self.fcD = nn.Linear(CVAE_HIDDEN, self.convD.in_channels * side * side)
         self.class_embed = nn.Linear(class_num, z_dim)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,68 +132,3 @@ class ConditionalVAE(nn.Module):
         mean, logvar = mean.float(), logvar.float()
         z = mean + noise * torch.exp(logvar / 2)
         return self.decode(z, self.embed(labels)), mean, logvar
-
-
-# --- class mixing -------------------------------------------------------------------------------
-
-
-class Codes(NamedTuple):
-    """The random numbers behind N pseudo-OOD images; row n makes image n, whatever the batching.
-
-    Attributes:
-        noise: [N, z_dim], standard normal.
-        first, second: [N], the two classes.
-        weight: [N, z_dim], share of the first class in each dimension of the embedding: 0 or 1 in the method.
-    """
-
-    noise: Tensor
-    first: Tensor
-    second: Tensor
-    weight: Tensor
-
-    def to(self, device: torch.device) -> Codes:
-        return Codes(*(field.to(device, non_blocking=True) for field in self))
-
-    def rows(self, start: int, stop: int) -> Codes:
-        return Codes(*(field[start:stop] for field in self))
-
-
-@dataclass(frozen=True)
-class Mixing:
-    """How the embeddings of two classes become one.
-
-    Attributes:
-        kind: a key of `MIXING_WEIGHTS`: "coin", as in the method, "weight" or "none".
-        probability: of the first class, in each dimension, where a coin decides.
-    """
-
-    kind: str = "coin"
-    probability: float = 0.5
-
-
-# Share of the first class: (numbers [N, z_dim], uniform in [0, 1); probability of the first class) -> [N, z_dim].
-MIXING_WEIGHTS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "coin": lambda uniform, probability: (uniform < probability).float(),  # for each dimension
-    "weight": lambda uniform, probability: uniform[:, :1].expand_as(uniform),  # one for the whole image
-    "none": lambda uniform, probability: torch.ones_like(uniform),
-}
-
-
-def draw_codes(count: int, num_ind: int, z_dim: int, generator: torch.Generator, mixing: Mixing = Mixing()) -> Codes:
-    """Draw two IND classes per image independently and uniformly (they may coincide), the latent noise, and a fair
-    coin for each dimension (Wang et al. 2022, class-mixed generation), or another `mixing` of the same numbers."""
-    first, second = torch.randint(num_ind, (2, count), generator=generator)
-    noise = torch.randn(count, z_dim, generator=generator)
-    uniform = torch.rand(count, z_dim, generator=generator)
-    return Codes(noise, first, second, MIXING_WEIGHTS[mixing.kind](uniform, mixing.probability))
-
-
-def mix_embeddings(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
-    """weight * first + (1 - weight) * second, all [B, z_dim]: with weights of 0 and 1, a choice in each dimension."""
-    return weight * first + (1 - weight) * second
-
-
-def decode_pseudo_ood(vae: ConditionalVAE, codes: Codes, sigma: float) -> Tensor:
-    """Decode z = sigma * noise under the class-mixed embeddings: pseudo-OOD images [N, C, S, S] in [0, 1]."""
-    mixed = mix_embeddings(vae.embed(codes.first), vae.embed(codes.second), codes.weight)
-    return vae.decode(sigma * codes.noise, mixed)

@@ -18,10 +18,17 @@ import sys
 import threading
 import time
 import traceback
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from utils import Stopped, UserError, run_command, write_json
+from cli.errors import Stopped, UserError, run_command
+from cli.files import fits, read_json, write_json
+from reproduction.results import read_ablations, read_reported
+from training.config import resume_path
+
+ARCHIVES = (".pkl", ".resume", ".npz")  # files that torch and numpy write, all of them zip archives
+READERS = {"eval": read_reported, "reproduction.ablations": read_ablations}  # module -> of the JSON file it writes
 
 try:
     import fcntl
@@ -35,7 +42,7 @@ class Step:
 
     Attributes:
         module: of the command, such as "train".
-        argv: its options; with others the step is another one and has to be done anew.
+        argv: its options; with other options it is another step, which has to be done again.
         outputs: the files it writes.
     """
 
@@ -43,6 +50,24 @@ class Step:
     module: str
     argv: tuple[str, ...]
     outputs: tuple[Path, ...]
+
+    def is_intact(self, path: Path) -> bool:
+        """Whether an output can be read as what it is, as far as a quick look tells."""
+        if path.suffix in ARCHIVES:
+            return zipfile.is_zipfile(path)
+        try:
+            READERS.get(self.module, os.stat)(path)
+        except (OSError, UserError):
+            return False
+        return path.is_file()
+
+    def forget_broken(self) -> None:
+        """Remove what an earlier attempt left and nobody can read: it is made anew."""
+        states = [resume_path(path) for path in self.outputs]
+        for path in (*self.outputs, *states):
+            if path.is_file() and not self.is_intact(path):
+                print(f"{path} cannot be read: it is made again")
+                path.unlink()
 
 
 @dataclass(frozen=True)
@@ -70,18 +95,19 @@ class Job:
         write_json(self.folder / "job.json", json.loads(json.dumps(asdict(self), default=str)))
 
     def recorded(self) -> dict[str, dict]:
-        """For each step that was ever done its options, then, and seconds."""
+        """For each step that was ever done its options, then, and seconds; what cannot be read counts as not done."""
         try:
-            return json.loads((self.folder / "done.json").read_text())
-        except (OSError, ValueError):
+            content = read_json(self.folder / "done.json", {}, "what is done of a job")
+        except UserError:
             return {}
+        return {name: record for name, record in content.items() if fits(record, {"argv": [str], "seconds": float})}
 
     def records(self) -> dict[str, dict]:
         """What is done: for each step, from the first, its options and seconds; nothing after a gap."""
         found, recorded = {}, self.recorded()
         for step in self.steps:
             record = recorded.get(step.name)
-            if not record or record["argv"] != list(step.argv) or not all(path.is_file() for path in step.outputs):
+            if not record or record["argv"] != list(step.argv) or not all(map(step.is_intact, step.outputs)):
                 break
             found[step.name] = record
         return found
@@ -93,15 +119,17 @@ class Job:
 
 def read_job(folder: Path) -> Job:
     """The job that `Job.write` left in `folder`. Raises `UserError`."""
+    step = {"name": str, "module": str, "argv": [str], "outputs": [str]}
+    shape = {"folder": str, "steps": [step], "machine": [str]}
     try:
-        content = json.loads((Path(folder) / "job.json").read_text())
-        steps = tuple(
-            Step(step["name"], step["module"], tuple(step["argv"]), tuple(map(Path, step["outputs"])))
-            for step in content["steps"]
-        )
-        return Job(Path(content["folder"]), steps, tuple(content["machine"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{folder}: holds no job; python -m reproduce makes the folders of its jobs") from None
+        content = read_json(Path(folder) / "job.json", shape, "a job")
+    except UserError:
+        raise UserError(f"{folder}: holds no job; name a folder that python -m reproduce made for a job") from None
+    steps = tuple(
+        Step(step["name"], step["module"], tuple(step["argv"]), tuple(map(Path, step["outputs"])))
+        for step in content["steps"]
+    )
+    return Job(Path(content["folder"]), steps, tuple(content["machine"]))
 
 
 def run_job(folder: Path) -> int:
@@ -110,7 +138,11 @@ def run_job(folder: Path) -> int:
     Another process that runs the same job is waited for, where there are locks.
     """
     job = read_job(folder)
-    with open(job.log, "a", buffering=1) as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    with (
+        open(job.log, "a", buffering=1, encoding="utf-8", errors="backslashreplace") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
         if fcntl is not None:
             fcntl.flock(log, fcntl.LOCK_EX)
         for step in job.steps:
@@ -119,12 +151,15 @@ def run_job(folder: Path) -> int:
                 continue
             print(f"$ python -m {' '.join([step.module, *step.argv, *job.machine])}")
             start = time.monotonic()
-            command = importlib.import_module(step.module)
+            step.forget_broken()
             try:
+                command = importlib.import_module(step.module)
                 status = run_command(command.main, command.get_parser(), [*step.argv, *job.machine])
-            except Exception:  # nobody foresaw it: its place is the log, too
+            except Exception:  # unforeseen: it belongs in the log, too
                 traceback.print_exc()
                 return 1
+            except SystemExit as refusal:  # of an option
+                status = refusal.code
             if status:
                 return status
             record = {"argv": list(step.argv), "seconds": round(time.monotonic() - start, 1)}
@@ -133,8 +168,9 @@ def run_job(folder: Path) -> int:
 
 
 def last_line(path: Path) -> str:
-    """The last line of a log that says something."""
-    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()] if path.is_file() else []
+    """The last line of a log that is not empty."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "nothing was logged"
 
 
@@ -153,19 +189,22 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "reproduction.jobs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="of the job")
-    parser.add_argument("--stop-with-parent", action="store_true", help="stop when standard input is closed")
+    parser.add_argument("folder", type=Path, help="Folder of the job")
+    parser.add_argument("--stop-with-parent", action="store_true", help="Stop when standard input is closed")
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> int:
     if args.stop_with_parent:
         stop_with_parent()
     status = run_job(args.folder)
+    if args.stop_with_parent:  # which reads the log, where all is said
+        return status
     if status > 128:
         raise Stopped("stopped; the same command goes on from there", status - 128)
     if status:
         raise UserError(last_line(read_job(args.folder).log))
+    return 0
 
 
 if __name__ == "__main__":

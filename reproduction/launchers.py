@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -11,44 +10,49 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from reproduction.jobs import Job, run_job
-from utils import STOP_SIGNALS, Stopped, UserError, handling, raise_stopped, write_json
+import torch  # at the top: a signal during its import would leave the step that goes on with half of it
 
+from cli.errors import STOP_SIGNALS, Stopped, UserError, handling, raise_stopped
+from cli.files import fits, read_json, write_json
+from reproduction.jobs import Job, run_job
+from utils import pick_device
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+QUEUE = "the jobs in the queue; remove it once none of them waits or runs"
 POLL_SECONDS = 0.2
-FREE_SHARE = 0.9  # of the memory of a GPU that nobody uses
-TIME_OUTS = 30  # so often a job may go on after its time was up; submitit's 3 would end a long training
+FREE_SHARE = 0.9  # of the memory of a GPU that counts as free
+TIME_OUTS = 30  # how often a job may continue after its time was up; submitit's 3 would end a long training
 
 
 def local_slots(device: str | None, jobs: int | None) -> list[dict[str, str]]:
     """The environment of each job that may run at the same time on this machine.
 
-    Every GPU that is free takes one job, or the one that `device` names; without GPUs `jobs` of them, or two, share the
-    cores: small networks do not fill many.
-    """
-    if device in (None, "cuda") and has_gpus():
-        import torch
+    Raises `UserError` when `device` is none, or no GPU is free.
 
+    Every GPU that is free takes one job, or the one that `device` names; without GPUs `jobs` of them, or two, share the
+    cores, within the limit of the environment's OMP_NUM_THREADS: small networks do not fill many.
+    """
+    pick_device(device)
+    if device in (None, "cuda") and has_gpus():
         free = [index for index in range(torch.cuda.device_count()) if gpu_is_free(index)]
         if not free:
-            raise UserError("no GPU is free: wait, or name one with --device cuda:N, or --device cpu")
+            raise UserError("no GPU is free: wait, name one with --device cuda:N, or use --device cpu")
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
         return [{"CUDA_VISIBLE_DEVICES": names[index]} for index in free[:jobs]]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = jobs or (min(2, cores) if device in (None, "cpu") else 1)
-    return [{"OMP_NUM_THREADS": str(max(1, cores // count))}] * count
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    threads = max(1, min(cores // count, int(limit)) if limit.isdecimal() else cores // count)
+    return [{"OMP_NUM_THREADS": str(threads)}] * count
 
 
 def has_gpus() -> bool:
-    import torch
-
     return torch.cuda.is_available()
 
 
 def gpu_is_free(index: int) -> bool:
     """Whether almost all of a GPU's memory is unused."""
-    import torch
-
     free, total = torch.cuda.mem_get_info(index)
     return free / total > FREE_SHARE
 
@@ -68,22 +72,14 @@ def run_local(
         while waiting or running:
             while waiting and free:
                 job, slot = waiting.pop(0), free.pop(0)
-                command = [sys.executable, "-m", "reproduction.jobs", str(job.folder), "--stop-with-parent"]
-                running[job.name] = (
-                    subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | slot),
-                    job,
-                    slot,
-                    time.monotonic(),
-                )
+                running[job.name] = (start_job(job, slot), job, slot, time.monotonic())
             for name, (process, job, slot, start) in list(running.items()):
                 if process.poll() is not None:
                     statuses[name] = process.returncode
                     free.append(slot)
                     del running[name]
-                    how = (
-                        "done" if process.returncode == 0 else f"failed with status {process.returncode}, see {job.log}"
-                    )
-                    report(f"[{len(statuses)}/{len(jobs)}] {name}: {how} ({time.monotonic() - start:.0f} s)")
+                    how = f"{how_it_ended(job, process.returncode)} ({time.monotonic() - start:.0f} s)"
+                    report(f"[{len(statuses)}/{len(jobs)}] {name}: {how}")
             time.sleep(POLL_SECONDS)
     finally:
         for process, *_ in running.values():
@@ -91,6 +87,31 @@ def run_local(
         for process, *_ in running.values():
             process.wait()
     return statuses
+
+
+def start_job(job: Job, slot: dict[str, str]) -> subprocess.Popen:
+    """A process for a job, all of whose output goes to the job's log; it finds this repository from any folder."""
+    # -P: what lies in the current folder is not taken for a module of ours.
+    command = [sys.executable, "-P", "-m", "reproduction.jobs", str(job.folder), "--stop-with-parent"]
+    with open(job.log, "ab") as log:
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=os.environ | import_path() | slot
+        )
+
+
+def import_path() -> dict[str, str]:
+    """The environment in which other processes find this repository."""
+    return {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
+def how_it_ended(job: Job, status: int) -> str:
+    """The end of a job in words, which go to its log, too, where a signal left it no time to say so."""
+    if status < 0:
+        ended = f"killed by {signal.Signals(-status).name}"
+        with open(job.log, "a", encoding="utf-8") as log:
+            log.write(f"{ended}{': was there enough memory?' if -status == signal.SIGKILL else ''}\n")
+        return f"{ended}, see {job.log}"
+    return "done" if status == 0 else f"failed with status {status}, see {job.log}"
 
 
 class ClusterJob:
@@ -103,7 +124,6 @@ class ClusterJob:
 
     def __call__(self, folder: str) -> int:
         import submitit
-        import torch  # noqa: F401  a signal amid its import would leave a half of it to the step that goes on
 
         last_call = getattr(signal, f"SIG{submitit.JobEnvironment.USR_SIG}")
         requeue = signal.getsignal(last_call)
@@ -154,7 +174,7 @@ def submit(jobs: Sequence[Job], folder: Path, cluster: str = "slurm", **paramete
         the number in the queue of each job, by name.
 
     Raises:
-        UserError: submitit is not installed, there is no Slurm here, a parameter cannot be, or Slurm refuses the jobs.
+        UserError: submitit is not installed, there is no Slurm here, a parameter is invalid, or Slurm refuses the jobs.
     """
     try:
         import submitit
@@ -178,10 +198,11 @@ def submit(jobs: Sequence[Job], folder: Path, cluster: str = "slurm", **paramete
                 reason = str(error).partition("\n")[0]
                 raise UserError(f"--slurm {name}={value}: submitit does not take it: {reason}") from None
         try:
+            os.environ.update(import_path())  # which the jobs inherit
             submitted = executor.map_array(ClusterJob(), [str(job.folder) for job in waiting])
         except (UncompletedJobError, FailedSubmissionError) as error:
-            reason = next((line for line in str(error).splitlines() if line.strip()), "it says nothing")
-            raise UserError(f"--launcher slurm: sbatch refuses the jobs: {reason}; mend --slurm") from None
+            reason = next((line for line in str(error).splitlines() if line.strip()), "it gives no reason")
+            raise UserError(f"--launcher slurm: sbatch refuses the jobs: {reason}; correct --slurm") from None
         numbers |= {job.name: one.job_id for job, one in zip(waiting, submitted, strict=True)}
         write_json(queue, numbers)
     return {job.name: numbers[job.name] for job in jobs}
@@ -190,7 +211,10 @@ def submit(jobs: Sequence[Job], folder: Path, cluster: str = "slurm", **paramete
 def submitted_before(folder: Path) -> dict[str, str]:
     """The number in the queue that each job had last, by name."""
     queue = folder / "queue.json"
-    return json.loads(queue.read_text()) if queue.is_file() else {}
+    numbers = read_json(queue, {}, QUEUE) if queue.is_file() else {}
+    if not fits(list(numbers.values()), [str]):
+        raise UserError(f"{queue}: holds something else; expected {QUEUE}")
+    return numbers
 
 
 def ended(jobs: Sequence[Job], folder: Path, cluster: str = "slurm") -> list[Job]:

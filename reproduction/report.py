@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from cli.files import write_json, write_text
+from cmg.losses import MODES
+from cmg.scores import PRETRAINED_SCORES
+from evaluation.figure_style import figure_bytes, save_figure
 from evaluation.page import Code, Facts, Heading, Picture, Section, Table, Text, write_page
-from evaluation.plots import auroc_over_steps, figure_bytes, roc_curves, save_figure, score_histograms, sweep
-from evaluation.report import BASELINES, IND_TEST, PSEUDO, THE_METHOD, cell, markdown, means, summarise
+from evaluation.plots import auroc_over_steps, roc_curves, score_histograms, sweep
+from evaluation.report import IND_TEST, PRETRAINED, PSEUDO, THE_METHOD, aggregate, cell, left_out, markdown, means
 from reproduction import tables
+from reproduction.results import read_ablations
 from reproduction.tables import Result
-from utils import replacing, write_json
 
 SWEEPS = {  # option of eval -> what it is
     "--sigma": "sigma, standard deviation of the latents of pseudo-OOD images",
     "--mixing-probability": "probability of the first class in each dimension of the embedding",
 }
 DIFFERENCES = (
-    "AUROC of CMG after the last step minus that of the best of the untouched classifier's detectors, which is chosen "
+    "AUROC of CMG after the last step minus that of the best of the pretrained classifier's detectors, which is chosen "
     "by its mean on these test images. The interval is a paired bootstrap over the images, the networks as they are."
 )
+STEPS = "AUROC in per cent while the head is tuned; mean ± standard deviation over the runs."
 ABLATIONS = "AUROC on {ood}; first partition and training seed; mean ± standard deviation over seeds of stage 2."
 
 
@@ -40,24 +44,34 @@ def write_report(
     """
     summary, ind = tables.detection_summary(results), tables.ind_summary(results)
     compared = tables.differences(results, summary)
-    changes = json.loads(ablations.read_text()) if ablations else None
+    without = left_out(one.content for one in results)
+    changes = read_ablations(ablations) if ablations else None
     rows = [{"partition": one.partition} | row for one in results for row in one.content["detection"]]
-    figures = {"detection": summary, "ind": ind, "differences": compared, "rows": rows}
-    write_json(folder / "table.json", about | figures)
+    steps = tables.steps_summary(results)
+    found = {
+        "detection": summary,
+        "ind": ind,
+        "differences": compared,
+        "left_out": without,
+        "steps": steps,
+        "rows": rows,
+    }
+    write_json(folder / "table.json", about | found)
     tables.write_csv(folder / "table.csv", summary)
     pictures = draw(folder, results, samples, changes)
     parts = {
-        "Detection": (tables.detection_cells(summary), tables.notes(summary)),
+        "Detection": (tables.detection_cells(summary), tables.notes(summary, without)),
         "The best of the others": (tables.difference_cells(compared), DIFFERENCES),
         "Classification": (tables.ind_cells(ind), ""),
     }
+    if steps:
+        parts["AUROC over steps"] = (tables.steps_cells(steps), STEPS)
     if changes:
         parts["Ablations"] = (ablation_cells(changes), ABLATIONS.format(ood=first_ood(changes)))
     text = [f"# CMG: {about['task']}", f"```sh\n{about['command']}\n```"]
     text += [f"## {name}\n\n{markdown(*cells)}\n\n{note}".rstrip() for name, (cells, note) in parts.items()]
     text.append("\n".join(f"* {name}: {value}" for name, value in facts(about).items()))
-    with replacing(folder / "table.md") as temporary:
-        temporary.write_text("\n\n".join(text) + "\n")
+    write_text(folder / "table.md", "\n\n".join(text) + "\n")
 
     sections: list[Section] = []
     for name, (cells, note) in parts.items():
@@ -84,7 +98,7 @@ def ablation_cells(changes: dict) -> tuple[list[str], list[list[str]]]:
     rows = []
     for variant, one in changes["variants"].items():
         last = [row for row in one["detection"] if row["at"] == "last" and row["ood_dataset"] == ood]
-        found = {row["method"]: row for row in summarise(last, ("method",), ["auroc"])}
+        found = {row["method"]: row for row in aggregate(last, ("method",), ["auroc"])}
         rows.append([variant or THE_METHOD, *(cell(found[mode]["auroc"]) for mode in modes)])
     return ["options of eval", *(f"{mode}, AUROC last" for mode in modes)], rows
 
@@ -98,7 +112,7 @@ def draw(folder: Path, results: Sequence[Result], samples: Path | None, changes:
     ood = first.content["detection"][0]["ood_dataset"]
     of_partition = [result for result in results if result.partition == first.partition]
     where = f"{first.partition}, training seed {first.seed}"
-    energies = {option: first.content["config"][option] for option in ("loss_energy", "score_energy")}
+    config = first.content["config"]
     figures = {}
     for run in first.content["runs"]:
         mode = run["mode"]
@@ -106,15 +120,18 @@ def draw(folder: Path, results: Sequence[Result], samples: Path | None, changes:
         scores = {label: first.of(mode, "last", name) for name, label in sets.items()}
         margins = run["margins"] and (run["margins"]["m_in"], run["margins"]["m_out"])
         caption = f"Scores of {mode} after the last step; {where}."
-        figures[f"scores_{mode}"] = (score_histograms(mode, scores, margins, **energies), caption)
-    detectors = {row["method"]: "untouched" for row in first.content["detection"] if is_baseline(row, ood)}
+        figures[f"scores_{mode}"] = (
+            score_histograms(mode, scores, config["score"] or MODES[mode].score, margins, config["loss_energy"]),
+            caption,
+        )
+    detectors = {row["method"]: PRETRAINED for row in first.content["detection"] if is_baseline(row, ood)}
     detectors |= {run["mode"]: "last" for run in first.content["runs"]}
     curves = {name: tuple(first.of(name, at, images) for images in (IND_TEST, ood)) for name, at in detectors.items()}
     figures["roc"] = (roc_curves(curves, ood), f"ROC curves against {ood}, CMG after the last step; {where}.")
     runs = [run for result in of_partition for run in result.content["runs"]]
     if all(run["curve"] for run in runs):
         caption = f"AUROC on {ood} while the head is tuned; {first.partition}, each line a training seed."
-        figures["steps"] = (auroc_over_steps(runs, ood, untouched_means(of_partition, ood)), caption)
+        figures["steps"] = (auroc_over_steps(runs, ood, pretrained_means(of_partition, ood)), caption)
     for option, label in SWEEPS.items() if changes else ():
         points = sweep_points(changes, option)
         if all(len(of_mode) > 1 for of_mode in points.values()):
@@ -122,7 +139,7 @@ def draw(folder: Path, results: Sequence[Result], samples: Path | None, changes:
             spread = f" (mean ± standard deviation of {count} seeds of stage 2)" if count > 1 else ""
             caption = f"AUROC on {ood} after the last step against {option}{spread}; {where}."
             figures[option.strip("-")] = (
-                sweep(points, label, own_value(changes, option), untouched_means([first], ood)),
+                sweep(points, label, own_value(changes, option), pretrained_means([first], ood)),
                 caption,
             )
     pictures = []
@@ -134,25 +151,28 @@ def draw(folder: Path, results: Sequence[Result], samples: Path | None, changes:
     return pictures
 
 
-def untouched_means(results: Sequence[Result], ood: str) -> dict[str, float]:
+def pretrained_means(results: Sequence[Result], ood: str) -> dict[str, float]:
     """The mean AUROC of MSP and energy before fine-tuning."""
     rows = [row for result in results for row in result.content["detection"] if is_baseline(row, ood)]
-    return {row["method"]: row["auroc"] for row in means(rows, ("method",), ("auroc",)) if row["method"] in BASELINES}
+    return {
+        row["method"]: row["auroc"]
+        for row in means(rows, ("method",), ("auroc",))
+        if row["method"] in PRETRAINED_SCORES
+    }
 
 
 def is_baseline(row: dict, ood: str) -> bool:
-    return row["at"] == "untouched" and row["ood_dataset"] == ood
+    return row["at"] == PRETRAINED and row["ood_dataset"] == ood
 
 
 def first_ood(changes: dict) -> str:
     """The OOD set that the ablations are shown for."""
-    return changes["untouched"][0]["ood_dataset"]
+    return changes["pretrained"][0]["ood_dataset"]
 
 
 def own_value(changes: dict, option: str) -> float:
     """The value of an option that the method itself has."""
-    config = changes["config"]
-    return {"--sigma": config["sigma"], "--mixing-probability": config["mixing"]["probability"]}[option]
+    return changes["config"][option.strip("-").replace("-", "_")]
 
 
 def sweep_points(changes: dict, option: str) -> dict[str, dict[float, list[float]]]:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import csv
-import json
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from evaluation.report import FIGURES, IND_FIGURES, IND_TEST, NOTES, POSITIVE_CLASS, cells, summarise
-from utils import UserError, replacing
+from cli.errors import UserError
+from cli.files import replacing
+from evaluation.bootstrap import Pair, paired_auroc_difference
+from evaluation.report import IND_METRICS, IND_TEST, METRICS, NOTES, POSITIVE_CLASS, PRETRAINED, aggregate, cell, cells
+from reproduction.former import with_todays_keys
+from reproduction.results import read_reported
+
+SHOWN_STEPS = 7  # columns of the table of AUROC over steps, beside the first
 
 
 @dataclass(frozen=True)
@@ -36,22 +41,32 @@ class Result:
 
 def read_result(partition: str, seed: int, output: Path, scores: Path) -> Result:
     """What eval left in its JSON file and its archive of scores. Raises `UserError` if one of them is damaged."""
+    content = read_reported(output)
+    needed = {
+        "/".join([row["method"], "-" if row["seed"] is None else str(row["seed"]), row["at"], images])
+        for row in content["detection"]
+        if row["at"] != "max"
+        for images in (IND_TEST, row["ood_dataset"])
+    }
     try:
         with np.load(scores) as archive:
-            return Result(partition, seed, json.loads(output.read_text()), dict(archive))
-    except (ValueError, EOFError, zipfile.BadZipFile):
-        raise UserError(f"{output} or {scores} is damaged: remove both and run the same command again") from None
+            arrays = with_todays_keys(archive)
+    except Exception:  # a damaged archive fails in any way that zipfile and numpy know
+        raise UserError(f"{scores}: is damaged: remove it and run the same command again") from None
+    if lacking := sorted(needed - arrays.keys()):
+        raise UserError(f"{scores}: lacks {lacking[0]}, of which {output} has metrics: remove both and run it again")
+    return Result(partition, seed, content, arrays)
 
 
 def detection_summary(results: Sequence[Result]) -> list[dict]:
     """For each OOD set the method's modes, then the others, the best first."""
     rows = [row for result in results for row in result.content["detection"]]
-    summary = summarise(rows, ("ood_dataset", "method", "at"), FIGURES)
+    summary = aggregate(rows, ("ood_dataset", "method", "at"), METRICS)
     sets = list(dict.fromkeys(row["ood_dataset"] for row in summary))
     steps = list(NOTES)
 
     def place(row: dict) -> tuple:
-        ours = row["at"] != "untouched"
+        ours = row["at"] != PRETRAINED
         order = (row["method"], steps.index(row["at"])) if ours else (-row["auroc"]["mean"],)
         return sets.index(row["ood_dataset"]), not ours, *order
 
@@ -59,31 +74,28 @@ def detection_summary(results: Sequence[Result]) -> list[dict]:
 
 
 def ind_summary(results: Sequence[Result]) -> list[dict]:
-    """Figures on the IND test images."""
-    return summarise([row for result in results for row in result.content["ind"]], ("method", "at"), IND_FIGURES)
+    """Metrics on the IND test images."""
+    return aggregate([row for result in results for row in result.content["ind"]], ("method", "at"), IND_METRICS)
 
 
 def differences(results: Sequence[Result], summary: Sequence[dict]) -> list[dict]:
-    """Each mode's last step against the best of the untouched classifier's detectors, for each OOD set.
+    """Each mode's last step against the best of the pretrained classifier's detectors, for each OOD set.
 
     The best is the one with the largest mean AUROC on the test images, so the comparison favours it. The interval is
     `evaluation.bootstrap.paired_auroc_difference`'s over the images, the networks as they are.
     """
-    import torch
-
-    from evaluation.bootstrap import Pair, paired_auroc_difference
-
     found = []
     for ood in dict.fromkeys(row["ood_dataset"] for row in summary):
         of_set = [row for row in summary if row["ood_dataset"] == ood]
-        others = [row for row in of_set if row["at"] == "untouched"]
+        # Of those that some runs have left out there is no difference over all.
+        others = [row for row in of_set if row["at"] == PRETRAINED and row["auroc"]["n"] == len(results)]
         best = max(others, key=lambda row: row["auroc"]["mean"])["method"]
         for mode in (row["method"] for row in of_set if row["at"] == "last"):
             pairs = [
                 Pair(
                     *(
                         torch.from_numpy(result.of(method, at, images))
-                        for method, at in ((mode, "last"), (best, "untouched"))
+                        for method, at in ((mode, "last"), (best, PRETRAINED))
                         for images in (IND_TEST, ood)
                     )
                 )
@@ -103,19 +115,37 @@ def differences(results: Sequence[Result], summary: Sequence[dict]) -> list[dict
     return found
 
 
+def steps_summary(results: Sequence[Result]) -> list[dict]:
+    """AUROC on the way: for each OOD set and mode at step 0, the last, and halves, quarters, … of it in between, the
+    mean over the runs. Runs whose evaluations came at other steps than those of the first are left out."""
+    runs = [run for result in results for run in result.content["runs"] if run["curve"]]
+    steps = [check["step"] for check in runs[0]["curve"]] if runs else []
+    halves = [steps[-1] / 2**k for k in range(SHOWN_STEPS)] if runs else []
+    shown = sorted({0, *(min(steps, key=lambda step: abs(step - half)) for half in halves)} & set(steps))
+    rows = [
+        {"ood_dataset": ood, "method": run["mode"], "step": check["step"], "auroc": auroc}
+        for run in runs
+        if [check["step"] for check in run["curve"]] == steps
+        for check in run["curve"]
+        if check["step"] in shown
+        for ood, auroc in check["auroc"].items()
+    ]
+    return aggregate(rows, ("ood_dataset", "method", "step"), ("auroc",))
+
+
 # --- text ---------------------------------------------------------------------------------------
 
 
 def detection_cells(summary: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of detection."""
-    rows = cells(summary, ("ood_dataset", "method", "at"), FIGURES)
+    rows = cells(summary, ("ood_dataset", "method", "at"), METRICS)
     counts = [str(row["auroc"]["n"]) for row in summary]
-    header = ["OOD set", "method", "step", *FIGURES.values(), "n"]
+    header = ["OOD set", "method", "step", *METRICS.values(), "n"]
     return without_single_set(header, [[*row, n] for row, n in zip(rows, counts, strict=True)])
 
 
 def without_single_set(header: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    """A table without its first column, the OOD set, where there is but one, which the notes name: the figures are what
+    """A table without its first column, the OOD set, where there is but one, which the notes name: the metrics are what
     a narrow screen should show."""
     if len({row[0] for row in rows}) > 1:
         return header, rows
@@ -123,8 +153,17 @@ def without_single_set(header: list[str], rows: list[list[str]]) -> tuple[list[s
 
 
 def ind_cells(summary: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of figures on IND test images."""
-    return ["IND test images", "step", *IND_FIGURES.values()], cells(summary, ("method", "at"), IND_FIGURES)
+    """Header and rows of the table of metrics on IND test images."""
+    return ["IND test images", "step", *IND_METRICS.values()], cells(summary, ("method", "at"), IND_METRICS)
+
+
+def steps_cells(summary: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of AUROC over steps: a row for each OOD set and mode, a column for each step."""
+    steps = list(dict.fromkeys(row["step"] for row in summary))
+    found = {(row["ood_dataset"], row["method"], row["step"]): cell(row["auroc"]) for row in summary}
+    lines = dict.fromkeys((row["ood_dataset"], row["method"]) for row in summary)
+    rows = [[*line, *(found[(*line, step)] for step in steps)] for line in lines]
+    return without_single_set(["OOD set", "mode", *(f"step {step:,}" for step in steps)], rows)
 
 
 def difference_cells(found: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
@@ -144,22 +183,23 @@ def difference_cells(found: Sequence[dict]) -> tuple[list[str], list[list[str]]]
     return without_single_set(header, rows)
 
 
-def notes(summary: Sequence[dict]) -> str:
-    """What the words in the table mean."""
+def notes(summary: Sequence[dict], left_out: Mapping[str, str] | None = None) -> str:
+    """What the words in the table mean, and what is not in it."""
     used = {row["at"] for row in summary}
     sets = ", ".join(dict.fromkeys(row["ood_dataset"] for row in summary))
     lines = [
         f"OOD images: {sets}. {POSITIVE_CLASS}. Mean ± standard deviation over n runs: partitions and training seeds."
     ]
-    return "\n".join([*lines, *(f"{at}: {note}." for at, note in NOTES.items() if at in used)])
+    lines += [f"{at}: {note}." for at, note in NOTES.items() if at in used]
+    return "\n".join([*lines, *(f"{name} is left out {reason}." for name, reason in (left_out or {}).items())])
 
 
 def write_csv(path: Path, summary: Sequence[dict]) -> None:
     """The table of detection as numbers between 0 and 1."""
-    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        names = [f"{figure}_{part}" for figure in FIGURES for part in ("mean", "sd")]
+        names = [f"{metric}_{part}" for metric in METRICS for part in ("mean", "sd")]
         writer.writerow(["ood_dataset", "method", "step", *names, "n"])
         for row in summary:
-            values = [row[figure][part] if figure in row else "" for figure in FIGURES for part in ("mean", "sd")]
+            values = [row[metric][part] if metric in row else "" for metric in METRICS for part in ("mean", "sd")]
             writer.writerow([row["ood_dataset"], row["method"], row["at"], *values, row["auroc"]["n"]])

@@ -13,11 +13,13 @@ import multiprocessing
 import os
 import resource
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import sklearn.datasets  # noqa: F401  # imported in the server, once for all
 import sklearn.model_selection  # noqa: F401
@@ -25,15 +27,20 @@ import torch
 import torchvision  # noqa: F401
 from torch import nn
 
-import training.stage2  # noqa: F401
+import cmg.evaluate  # noqa: F401
+import figure.draw_samples  # noqa: F401
+import reproduction.report
+import training.stage1  # noqa: F401
+from cli.errors import UserError, run_command
 from datasets.datasetsHelper import READERS, Images
 from datasets.tasks import TASKS
 from train import get_parser, main
-from training.loop import LoopConfig, Recorder, fit
+from training.config import LoopConfig
+from training.loop import Recorder, fit
 from training.processes import joined_processes
 from training.stages import STAGES
 from training.train_classifier import ClassifierObjective
-from utils import UserError, run_command, save_checkpoint
+from utils import save_checkpoint
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.children"])
@@ -71,6 +78,16 @@ def _as_rank(rank: str, port: str, function: Callable, args: tuple) -> object:
     return function(*args)
 
 
+def finish(processes: list[multiprocessing.Process], seconds: float = 120) -> list[int | None]:
+    """The exit statuses of the processes, which are killed when their time is up."""
+    for process in processes:
+        process.join(seconds)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
+
+
 # --- what they run ------------------------------------------------------------------------------
 
 
@@ -80,10 +97,76 @@ def build_tiny(task: object = None) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(36, 11))
 
 
+def train(argv: list[str]) -> int:
+    """`python -m train`."""
+    return run_command(main, get_parser(), argv)
+
+
 def train_tiny(argv: list[str]) -> int:
     """`python -m train` with the tiny network as classifier."""
     STAGES["train_classifier"] = replace(STAGES["train_classifier"], build=build_tiny)
-    return run_command(main, get_parser(), argv)
+    return train(argv)
+
+
+def run(name: str, argv: list[str]) -> int:
+    """`python -m NAME`."""
+    module = importlib.import_module(name)
+    return run_command(module.main, module.get_parser(), argv)
+
+
+def import_without_matplotlib(name: str) -> int:
+    """Import a module, and what it takes of this repository, where matplotlib is not installed."""
+    ours = [
+        known for known in sys.modules if known.split(".")[0] in ("cli", "cmg", "evaluation", "matplotlib", "utils")
+    ]
+    for known in ours:
+        del sys.modules[known]
+    sys.modules["matplotlib"] = None
+    importlib.import_module(name)
+    return 0
+
+
+class ForkedJob:
+    """What `reproduction.launchers` needs of a `Popen`, but the job is forked instead of started anew."""
+
+    def __init__(self, command: list[str], stdin: int, stdout: BinaryIO, stderr: BinaryIO, env: dict[str, str]):
+        assert command[1:4] == ["-P", "-m", "reproduction.jobs"] and stdin == subprocess.PIPE
+        ours, theirs = os.pipe()  # the job reads until nobody can write any more
+        self.process = multiprocessing.get_context("fork").Process(
+            target=self._run, args=(command[4:], ours, theirs, stdout.fileno())
+        )
+        self.process.start()
+        os.close(ours)
+        self.stdin = theirs
+
+    @staticmethod
+    def _run(argv: list[str], ours: int, theirs: int, log: int) -> None:
+        os.close(theirs)
+        os.dup2(ours, 0)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        sys.stdin = open(0)
+        sys.exit(run("reproduction.jobs", argv))
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self) -> None:
+        self.process.join()
+
+    def terminate(self) -> None:
+        self.process.terminate()
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+
+def reproduce_with_forked_jobs(argv: list[str]) -> int:
+    """`python -m reproduce` without pictures, whose jobs need not import everything again."""
+    subprocess.Popen = ForkedJob
+    reproduction.report.draw = lambda *args: []
+    return run("reproduce", argv)
 
 
 def run_waiting_for_images(name: str, argv: list[str]) -> int:

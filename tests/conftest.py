@@ -1,18 +1,23 @@
-"""Shared by all tests. One thread, so that figures are bit-equal from run to run and processes may be forked."""
+"""Shared by all tests. One thread, so that results are bit-equal from run to run and processes may be forked."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the processes that tests start
 
 import pytest
 import torch
 
+from datasets.tasks import TASKS
 from models.main_model import MainModel
 from models.vae import ConditionalVAE
 
 torch.set_num_threads(1)
+
+# Few images are enough to see that a pool is used; the task's own take seconds to make.
+TASKS["same_dataset_digits"] = replace(TASKS["same_dataset_digits"], pseudo_pool=200)
 
 
 @pytest.fixture

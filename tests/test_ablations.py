@@ -1,21 +1,23 @@
-"""The tables of ablations and precision: what they print is what the runs gave."""
+"""The table of ablations: what it prints is what the runs gave."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import pytest
 
 import eval
 import train
-from benchmarks import ablations, precision
-from benchmarks.ablations import HEADER, cells, table
-from datasets.tasks import COMMANDS
+from cli.errors import run_command
+from cmg.config import config_for
+from cmg.losses import MODES
+from datasets.tasks import COMMANDS, TASKS
 from evaluation.report import mean_and_sd
+from reproduction import ablations
+from reproduction.ablate import HEADER, cells, table
 from reproduction.report import ablation_cells, own_value, sweep_points
-from utils import run_command
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def place(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for command in COMMANDS:
-            argv = ["--command", command, "--epochs", "2", "--device", "cpu", "--val-fraction", "0.1"]
+            argv = ["--command", command, "--epochs", "1", "--device", "cpu", "--val-fraction", "0.8"]
             assert run_command(train.main, train.get_parser(), argv) == 0
     return folder
 
@@ -46,18 +48,18 @@ def test_ablations_are_runs_of_eval_with_those_options(place, monkeypatch, capsy
     header, rule, *lines = table(found).splitlines()
     assert [line.count("|") for line in (header, rule, *lines)] == [len(HEADER) + 1] * (2 + 4 * 2 + 2)
     assert [line.split(" | ")[0] for line in lines[::2]] == [
-        "| the method", *(f"| `{variant}`" for variant in variants[1:]), "| untouched classifier"
+        "| the method", *(f"| `{variant}`" for variant in variants[1:]), "| pretrained classifier"
     ]  # fmt: skip
-    msp = next(row["auroc"] for row in found["untouched"] if row["method"] == "MSP")
-    assert f"| untouched classifier | MSP | {100 * msp:.2f} | - | - | - | - | - |" in lines
+    msp = next(row["auroc"] for row in found["pretrained"] if row["method"] == "MSP")
+    assert f"| pretrained classifier | MSP | {100 * msp:.2f} | - | - | - | - | - |" in lines
     for variant in variants:
         argv = ["--device", "cpu", "--precision", "fp32", "--epochs", "1", "--seeds", "1", "2", "--output", "b.json"]
         assert run_command(eval.main, eval.get_parser(), [*argv, *variant.split()]) == 0
         alone = json.loads(Path("b.json").read_text())
-        tuned = [row for row in alone["detection"] if row["at"] != "untouched"]
+        tuned = [row for row in alone["detection"] if row["at"] != "pretrained"]
         assert found["variants"][variant]["detection"] == tuned
         assert found["variants"][variant]["config"] == alone["config"]
-        for mode in eval.MODE_NAMES:
+        for mode in MODES:
             start, best, validated, last, _ = cells(found["variants"][variant], mode)
             values = [row["auroc"] for row in tuned if (row["method"], row["at"]) == (mode, "last")]
             assert last == mean_and_sd(values) and f"| {last} |" in printed
@@ -69,7 +71,7 @@ def test_ablations_are_runs_of_eval_with_those_options(place, monkeypatch, capsy
                 assert best.startswith(mean_and_sd(top) + " (") and validated.endswith(")")
     assert own_value(found, "--sigma") == 3.0 and own_value(found, "--mixing-probability") == 0.5
     points = sweep_points(found, "--sigma")
-    assert set(points) == set(eval.MODE_NAMES) and set(points["CMG-energy"]) == {3.0, 1.5}
+    assert set(points) == set(MODES) and set(points["CMG-energy"]) == {3.0, 1.5}
     header, rows = ablation_cells(found)
     assert [row[0] for row in rows] == ["the method", *variants[1:]] and len(header) == 3
     assert rows[1][1].split(" ± ")[0] == f"{100 * mean(points['CMG-energy'][1.5]):.2f}"
@@ -85,7 +87,7 @@ def test_a_variant_that_is_no_option_of_eval_is_named(place, monkeypatch, capsys
         joint: f"--variant={joint!r}: --anchor goes with --tune head or last-layer only; leave it out",
     }.items():
         assert run_ablations(f"--variant={variant}", "--output", "c.json") == 2
-        assert capsys.readouterr().err == f"benchmarks.ablations: error: {message}\n" and not Path("c.json").exists()
+        assert capsys.readouterr().err == f"reproduction.ablations: error: {message}\n" and not Path("c.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -99,48 +101,26 @@ def test_a_variant_that_is_no_option_of_eval_is_named(place, monkeypatch, capsys
         ("--params-dict-name x.pkl", "--params-dict-name"),
         ("--save-scores x.npz", "--save-scores"),
         ("--variant ''", "--variant"),
+        ("--precision bf16", "--precision"),
     ],
 )
 def test_a_variant_that_changes_something_else_is_refused(place, monkeypatch, capsys, variant, flag):
     monkeypatch.chdir(place)
     assert run_ablations(f"--variant={variant}", "--output", "c.json") == 2
     changes = (
-        "--epochs, --batch-size, --lr, --sigma, --mixing, --mixing-probability, --pseudo-batch-size, --loss-energy, "
-        "--score-energy, --check-every, --margins, --tune, --anchor, --pseudo-pool, --precision"
+        "--sigma, --epochs, --batch-size, --lr, --mu, --margins, --mixing, --mixing-probability, --pseudo-batch-size, "
+        "--pseudo-pool, --loss-energy, --score, --tune, --anchor, --eval-every"
     )
     message = f"--variant={variant!r}: {flag} is the same for all; a variant changes {changes}"
-    assert capsys.readouterr().err == f"benchmarks.ablations: error: {message}\n" and not Path("c.json").exists()
+    assert capsys.readouterr().err == f"reproduction.ablations: error: {message}\n" and not Path("c.json").exists()
 
 
 @pytest.mark.parametrize("given", [["--baselines"], ["--save-scores", "x.npz"], ["--save-detector", "x.pt"]])
 def test_what_eval_does_for_one_run_is_refused(place, monkeypatch, capsys, given):
     monkeypatch.chdir(place)
     assert run_ablations(*given, "--output", "c.json") == 2
-    message = f"{given[0]} is of one run, not of a table of many; give it to eval"
-    assert capsys.readouterr().err == f"benchmarks.ablations: error: {message}\n" and not Path("c.json").exists()
-
-
-OWN = "give {0} to benchmarks.precision itself"
-HANDED_ON = {  # what is handed on -> the error
-    "--classifier-args=--seed 4": f"--classifier-args: no --seed here: {OWN.format('--seeds')}",
-    "--eval-args=--seeds 4 5": f"--eval-args: no --seeds here: {OWN.format('--seeds')}",
-    "--cvae-args=--device cpu": f"--cvae-args: no --device here: {OWN.format('--device')}",
-    "--eval-args=--precision bf16": "--eval-args: no --precision here: both are compared",
-    "--eval-args=--output x": "--eval-args: no --output here: nothing but the comparison is kept; use train and eval",
-    "--cvae-args=--command train_cvae": "--cvae-args: no --command here: --classifier-args and --cvae-args are for one "
-    "network each",
-    "--eval-args=--sigma": "--eval-args: argument --sigma: expected one argument",
-    "--eval-args=--sigma '1": """--eval-args: "--sigma '1" cannot be split into options: no closing quotation""",
-    "--eval-args=--tune joint --anchor 1": "--anchor goes with --tune head or last-layer only; leave it out",
-}
-
-
-@pytest.mark.parametrize("given", HANDED_ON)
-def test_precision_checks_what_it_hands_on_before_it_trains(tmp_path, monkeypatch, capsys, given):
-    monkeypatch.chdir(tmp_path)
-    assert run_command(precision.main, precision.get_parser(), ["--quick", "--device", "cpu", given]) == 2
-    printed = capsys.readouterr()
-    assert printed.err == f"benchmarks.precision: error: {HANDED_ON[given]}\n" and printed.out == ""
+    message = f"{given[0]} is for a single run; leave it out here and give it to eval"
+    assert capsys.readouterr().err == f"reproduction.ablations: error: {message}\n" and not Path("c.json").exists()
 
 
 @pytest.mark.parametrize("variant", ablations.VARIANTS)
@@ -153,29 +133,7 @@ def test_every_variant_is_taken_whatever_all_have(given, variant):
     argv = ["--device", "cpu", *given]
     args = ablations.get_parser().parse_args(argv)
     args.argv = argv
-    config, tune = ablations.variant_config(args, eval.read_arguments(args), variant)
-    assert tune == (variant.split()[1] if "--tune" in variant else "head") and config.num_ind == 6
-    assert config.pseudo_pool == (12 if "--pseudo-pool" in given and tune != "joint" else 0)
-
-
-def test_precision_compares_the_same_seeds(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    argv = ["--quick", "--device", "cpu", "--classifier-args=--epochs 2", "--eval-args=--mode CMG-energy"]
-    assert run_command(precision.main, precision.get_parser(), argv) == 0
-    *table, last = capsys.readouterr().out.splitlines()
-    last = json.loads(last)
-    assert last["seeds"] == [1, 2] and last["device"] == "cpu"
-    figures = last["figures"]
-    assert {"accuracy", "mse", "kl_nats", "AUROC CMG-energy last, held-out-classes"} <= set(figures)
-    for name, found in figures.items():
-        difference = found["bf16"]["mean"] - found["fp32"]["mean"]
-        assert found["difference"] == pytest.approx(difference)
-        row = f"| {name} | {found['fp32']['mean']:.4f} ± {found['fp32']['sd']:.4f} |"
-        assert any(line.startswith(row) for line in table)
-    accuracies = []
-    for seed in (1, 2):
-        argv = ["--epochs", "2", "--seed", str(seed), "--precision", "fp32", "--device", "cpu"]
-        assert run_command(train.main, train.get_parser(), [*argv, "--params-dict-name", f"{seed}.pkl"]) == 0
-        accuracies.append(float(capsys.readouterr().out.split("accuracy ")[1].split()[0]))
-    assert figures["accuracy"]["fp32"]["mean"] == pytest.approx(mean(accuracies), abs=1e-4)
-    assert figures["accuracy"]["fp32"]["sd"] == pytest.approx(stdev(accuracies), abs=1e-4)
+    config = config_for(eval.read_arguments(args).experiment, "fp32", **ablations.variant_options(args, variant))
+    assert config.tune == (variant.split()[1] if "--tune" in variant else "head") and config.num_ind == 6
+    pool = 12 if "--pseudo-pool" in given else TASKS["same_dataset_digits"].pseudo_pool
+    assert config.pseudo_pool == (0 if config.tune == "joint" else pool)

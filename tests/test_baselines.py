@@ -11,17 +11,21 @@ from torch import nn
 from torch.nn import functional as F
 
 import eval
+from cli.errors import run_command
+from cli.progress import Progress
+from cmg.scores import PRETRAINED_SCORES
 from datasets.datasetsHelper import Images, load_ind, load_ood, to_float
-from datasets.tasks import HELD_OUT, TASKS
+from datasets.tasks import HELD_OUT, TASKS, Experiment
 from evaluation.baselines import POST_HOC, Parts, baseline_scores, fit_and_score, penultimate
 from evaluation.metrics import auroc
-from evaluation.report import BASELINES, IND_TEST
+from evaluation.report import IND_TEST
 from models.main_model import MainModel
 from training.train_classifier import build_classifier
 from training.train_cvae import build_cvae
-from utils import Progress, UserError, run_command, save_checkpoint
+from utils import save_checkpoint
 
 TASK = TASKS["same_dataset_digits"]
+DIGITS = Experiment.of("same_dataset_digits", TASK)
 NUM_IND = 6
 OF_FEATURES = [name for name, baseline in POST_HOC.items() if baseline.reads != "images"]
 QUIET = Progress(0, "", enabled=False)
@@ -30,8 +34,8 @@ QUIET = Progress(0, "", enabled=False)
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory) -> tuple[Images, dict[str, torch.Tensor]]:
     """240 IND training images, and 60 images of each set that is scored."""
-    train, test = load_ind(TASK, "partition1", tmp_path_factory.mktemp("data"))
-    ood = load_ood(TASK, "partition1", HELD_OUT, tmp_path_factory.mktemp("data"))
+    train, test = load_ind(DIGITS, tmp_path_factory.mktemp("data"))
+    ood = load_ood(DIGITS, HELD_OUT, tmp_path_factory.mktemp("data"))
     return train.at(torch.arange(240)), {IND_TEST: test.images[:60], HELD_OUT: ood[:60]}
 
 
@@ -80,7 +84,7 @@ def clusters() -> dict[str, torch.Tensor]:
 
 def test_scores_of_logits_are_their_closed_forms(classifier, digits):
     train, sets = digits
-    found = baseline_scores(classifier, train, sets, NUM_IND, "fp32", ["MSP", "MaxLogit", "energy", "entropy"])
+    found, _ = baseline_scores(classifier, train, sets, NUM_IND, "fp32", ["MSP", "MaxLogit", "energy", "entropy"])
     with torch.no_grad():
         logits = classifier(to_float(sets[HELD_OUT])).double()
     ind = logits[:, :NUM_IND]
@@ -99,10 +103,10 @@ def test_scores_of_logits_are_their_closed_forms(classifier, digits):
 
 def test_msp_and_energy_are_the_rows_that_are_always_shown(classifier, digits):
     train, sets = digits
-    found = baseline_scores(classifier, train, sets, NUM_IND, "fp32", list(BASELINES))
+    found, _ = baseline_scores(classifier, train, sets, NUM_IND, "fp32", list(PRETRAINED_SCORES))
     with torch.no_grad():
         logits = {name: classifier(to_float(images)) for name, images in sets.items()}
-    for name, of_logits in BASELINES.items():
+    for name, of_logits in PRETRAINED_SCORES.items():
         expected = auroc(of_logits(logits[IND_TEST]), of_logits(logits[HELD_OUT]))
         assert auroc(found[name][IND_TEST], found[name][HELD_OUT]) == pytest.approx(expected, abs=1e-3)
 
@@ -114,7 +118,7 @@ def test_odin_steps_along_the_gradient_s_sign(classifier, digits):
     (gradient,) = torch.autograd.grad(logits.log_softmax(1).amax(1).sum(), images)
     with torch.no_grad():
         moved = classifier(images + 0.0014 * gradient.sign())[:, :NUM_IND] / 1000
-    found = baseline_scores(classifier, train, {"x": sets[HELD_OUT]}, NUM_IND, "fp32", ["ODIN"])["ODIN"]["x"]
+    found = baseline_scores(classifier, train, {"x": sets[HELD_OUT]}, NUM_IND, "fp32", ["ODIN"])[0]["ODIN"]["x"]
     torch.testing.assert_close(found, -moved.softmax(1).amax(1), rtol=0, atol=1e-6)
 
 
@@ -162,7 +166,7 @@ def test_separable_features_are_separated(clusters, name):
 def test_every_detector_scores_every_image_and_leaves_the_classifier_as_it_was(classifier, digits):
     train, sets = digits
     before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
-    found = baseline_scores(classifier, train, sets, NUM_IND, "fp32")
+    found, _ = baseline_scores(classifier, train, sets, NUM_IND, "fp32")
     assert list(found) == list(POST_HOC)
     for name, of_sets in found.items():
         assert [scores.shape for scores in of_sets.values()] == [(60,), (60,)], name
@@ -181,21 +185,28 @@ def test_scores_depend_on_no_other_image_that_is_scored(clusters, name):
 # --- failures -----------------------------------------------------------------------------------
 
 
-def test_a_detector_that_cannot_be_fitted_is_named_with_the_way_out(classifier, digits):
+def test_a_detector_that_cannot_be_fitted_is_left_out_with_its_reason(classifier, digits):
     train, sets = digits
     few = train.at(torch.arange(40))
-    message = r"^KNN fails on this classifier and these images \(k=50 exceeds the number of ID samples \(40\)\); "
-    with pytest.raises(UserError, match=message + "leave it out: --baselines MSP NCI$"):
-        baseline_scores(classifier, few, sets, NUM_IND, "fp32", ["MSP", "KNN", "NCI"])
-    with pytest.raises(UserError, match=message + "leave --baselines out$"):
-        baseline_scores(classifier, few, sets, NUM_IND, "fp32", ["KNN"])
+    found, left_out = baseline_scores(classifier, few, sets, NUM_IND, "fp32", ["MSP", "KNN", "MaxLogit"])
+    assert list(found) == ["MSP", "MaxLogit"]
+    assert left_out == {"KNN": "k=50 exceeds the number of ID samples (40)"}
+
+
+def test_on_two_images_what_can_be_fitted_is(classifier, digits):
+    train, sets = digits
+    two = train.at(torch.tensor([int((train.labels == label).nonzero()[0]) for label in (0, 1)]))
+    found, left_out = baseline_scores(classifier, two, sets, NUM_IND, "fp32")
+    assert sorted([*found, *left_out]) == sorted(POST_HOC) and {"KNN", "NNGuide"} <= left_out.keys()
+    assert {"MSP", "MaxLogit", "energy", "entropy", "GEN"} <= found.keys()
+    assert all(reason and "\n" not in reason for reason in left_out.values())
 
 
 def test_an_error_without_a_message_is_named_by_its_kind(classifier, digits):
     train, sets = digits
     gap = Images(train.images, train.labels + (train.labels > 2))  # no image has label 3
-    with pytest.raises(UserError, match=r"^Mahalanobis fails on this classifier and these images \(AssertionError\); "):
-        baseline_scores(classifier, gap, sets, NUM_IND, "fp32", ["Mahalanobis"])
+    found, left_out = baseline_scores(classifier, gap, sets, NUM_IND, "fp32", ["Mahalanobis"])
+    assert (found, left_out) == ({}, {"Mahalanobis": "AssertionError"})
 
 
 def test_scores_that_are_no_numbers_are_refused(classifier, digits):
@@ -203,11 +214,9 @@ def test_scores_that_are_no_numbers_are_refused(classifier, digits):
     with torch.no_grad():
         classifier.classifier.fc1.weight.zero_()
         classifier.classifier.fc1.bias.fill_(-1)  # no feature is active: ASH divides 0 by 0
-    message = (
-        r"^ASH fails .* \(no number as the score of 60 of the 60 images of IND test\); leave it out: --baselines MSP"
-    )
-    with pytest.raises(UserError, match=message):
-        baseline_scores(classifier, train, sets, NUM_IND, "fp32", ["MSP", "ASH"])
+    found, left_out = baseline_scores(classifier, train, sets, NUM_IND, "fp32", ["MSP", "ASH"])
+    assert list(found) == ["MSP"]
+    assert left_out == {"ASH": "60 of the 60 images of IND test have a score that is not finite"}
 
 
 # --- the command --------------------------------------------------------------------------------
@@ -218,7 +227,7 @@ def command(tmp_path, monkeypatch) -> list[str]:
     """Arguments of `eval` for a classifier that all detectors can be fitted on."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    classifier = fit_last_layer(build_classifier(TASK).eval(), load_ind(TASK, "partition1", tmp_path)[0])
+    classifier = fit_last_layer(build_classifier(TASK).eval(), load_ind(DIGITS, tmp_path)[0])
     save_checkpoint("c.pkl", classifier.state_dict())
     save_checkpoint("v.pkl", build_cvae(TASK).state_dict())
     argv = ["--params-dict-name", "c.pkl", "--params-dict-name2", "v.pkl", "--epochs", "1", "--precision", "fp32"]
@@ -229,13 +238,13 @@ def command(tmp_path, monkeypatch) -> list[str]:
 def test_eval_shows_the_detectors_and_none_twice(command, tmp_path, capsys, names, expected):
     assert run_command(eval.main, eval.get_parser(), [*command, "--baselines", *names]) == 0
     rows = json.loads((tmp_path / "r.json").read_text())["detection"]
-    untouched = [row for row in rows if row["at"] == "untouched"]
-    methods = [row["method"] for row in untouched]
+    pretrained = [row for row in rows if row["at"] == "pretrained"]
+    methods = [row["method"] for row in pretrained]
     assert sorted(methods) == sorted({*expected, "MSP", "energy"})
-    assert all(row["seed"] is None and row["ood_dataset"] == HELD_OUT and "fpr95" in row for row in untouched)
+    assert all(row["seed"] is None and row["ood_dataset"] == HELD_OUT and "fpr95" in row for row in pretrained)
     table = capsys.readouterr().out
-    for row in untouched:
-        cells = [HELD_OUT, row["method"], "untouched", f"{100 * row['auroc']:.2f}"]
+    for row in pretrained:
+        cells = [HELD_OUT, row["method"], "pretrained", f"{100 * row['auroc']:.2f}"]
         assert sum(line.split()[:4] == cells for line in table.splitlines()) == 1
 
 
@@ -246,13 +255,13 @@ def test_eval_refuses_a_name_that_is_none(command, capsys):
     assert "argument --baselines: invalid choice: 'kNN' (choose from" in capsys.readouterr().err
 
 
-def test_eval_ends_in_one_line_and_writes_nothing_where_a_detector_fails(command, tmp_path, capsys):
+def test_eval_goes_on_without_a_detector_that_fails_and_says_why(command, tmp_path, capsys):
     state = torch.load("c.pkl", weights_only=True)
     state["classifier.fc2.bias"][0] = 1000  # every image is of class 0: SHE has no pattern of class 1
     save_checkpoint("c.pkl", state)
-    assert run_command(eval.main, eval.get_parser(), [*command, "--baselines", "SHE", "KNN"]) == 2
-    assert capsys.readouterr().err == (
-        "eval: error: SHE fails on this classifier and these images (No correct predictions for class 1); "
-        "leave it out: --baselines KNN\n"
-    )
-    assert not (tmp_path / "r.json").exists()
+    assert run_command(eval.main, eval.get_parser(), [*command, "--baselines", "SHE", "KNN"]) == 0
+    assert "\nSHE is left out (No correct predictions for class 1).\n" in capsys.readouterr().out
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["left_out"] == {"SHE": "No correct predictions for class 1"}
+    untouched = {row["method"] for row in result["detection"] if row["at"] == "pretrained"}
+    assert untouched == {"MSP", "energy", "KNN"}

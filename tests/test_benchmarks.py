@@ -15,9 +15,9 @@ import torch
 
 from benchmarks import csi, measure, stage2
 from benchmarks.measure import in_turn
-from benchmarks.stage1 import in_own_process
-from training.fine_tune import MODES
-from utils import Stopped, UserError, raise_stopped, run_command
+from benchmarks.stage1 import PROFILE, in_own_process, shares_of_time
+from cli.errors import Stopped, UserError, raise_stopped, run_command
+from cmg.losses import MODES
 
 CPU = torch.device("cpu")
 
@@ -72,7 +72,7 @@ def test_curves_are_compared_at_their_worst_check(capsys):
     stage2.compare_curves(Given(), "bf16", seed=0)
     *table, last = capsys.readouterr().out.splitlines()
     assert table == [
-        "1,621 IND training, 6,031 IND test, 3 checks",
+        "1,621 IND training, 6,031 IND test, 3 evaluations",
         "",
         "| mode | auroc_first | auroc_last | auroc_difference_fp32 | auroc_difference_bf16 |",
         "| --- | --- | --- | --- | --- |",
@@ -90,9 +90,17 @@ def test_trained_networks_that_are_missing_are_named(tmp_path, monkeypatch, caps
     assert "ckpt/same_dataset_mnist_partition2_classifier.pkl: no such file" in capsys.readouterr().err
 
 
+def test_shares_of_time_are_those_of_the_parts():
+    x = torch.randn(500, 500, requires_grad=True)
+    shares = shares_of_time(lambda: torch.nn.functional.dropout((x @ x).relu(), 0.2).sum().backward(), CPU)
+    assert list(shares) == [*PROFILE, "rest"] and sum(shares.values()) == pytest.approx(1, abs=0.01)
+    assert min(shares["products"], shares["activations"], shares["dropout"]) > 0
+    assert shares["batch_norm"] == shares["optimizer"] == 0
+
+
 def test_a_process_of_its_own_gives_its_result_or_its_end():
     assert in_own_process(os.getpid) not in (os.getpid(), None)
-    with pytest.raises(UserError, match="^the process of 3 ended with status 3, see above$"):
+    with pytest.raises(UserError, match="^the process of 3 ended with status 3; see its message above$"):
         in_own_process(os._exit, 3)
 
 

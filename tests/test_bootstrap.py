@@ -114,7 +114,7 @@ def test_95_percent_intervals_hold_the_true_difference_about_95_times_of_100():
         ({"groups": ["p", "p"]}, "scores of 5 IND and 3 OOD images beside 4 and 3: all scores of group 'p' must be of"),
         ({"pairs": [Pair(*map(torch.zeros, (4, 3, 4, 2)))]}, "4 IND and 2 OOD images beside 4 and 3"),
         ({"pairs": [Pair(*map(torch.zeros, (4, 0, 4, 0)))]}, "at least one of each kind"),
-        ({"pairs": [draw_pair(0, 4, 3)._replace(ood_b=torch.full((3,), torch.nan))]}, "of group 0 are no numbers"),
+        ({"pairs": [draw_pair(0, 4, 3)._replace(ood_b=torch.full((3,), torch.nan))]}, "of group 0 are not finite"),
     ],
 )
 def test_what_has_no_interval_is_refused(changes, message):

@@ -13,6 +13,7 @@ import sys
 from collections import OrderedDict
 from pathlib import Path
 from statistics import mean, stdev
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,21 +23,25 @@ from sklearn.metrics import roc_auc_score
 
 import eval
 import train
-from benchmarks import ablations
+from cli.errors import run_command
+from cli.options import changed_options, options_given
+from cmg import losses
+from cmg.config import FineTuneConfig
 from datasets import obtain
 from datasets.archives import FetchError
-from datasets.datasetsHelper import load_ind
+from datasets.datasetsHelper import READERS, Images, load_ind
 from datasets.sources import SOURCES
-from datasets.tasks import TASKS
-from evaluation import summarise
+from datasets.tasks import TASKS, Experiment
+from evaluation.baselines import POST_HOC
 from evaluation.plots import tile
 from figure import samples
+from reproduction import ablations
 from tests import tiny_data
-from training import fine_tune
-from training.losses import cross_entropy
-from utils import changed_options, generator, load_checkpoint, run_command, save_checkpoint
+from training.config import LoopConfig, RunOptions, TrainingOptions
+from utils import generator, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parents[1]
+DIGITS = Experiment.of("same_dataset_digits", TASKS["same_dataset_digits"])
 CLASSIFIER, CVAE = (f"ckpt/same_dataset_digits_partition1_{network}.pkl" for network in ("classifier", "cvae"))
 
 
@@ -131,7 +136,11 @@ def expected_table(rows: list[dict], keys: list[str], figures: list[str]) -> dic
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_from_images_to_figures(task, images, workplace, capsys):
+def test_every_task_from_images_to_metrics(task, images, workplace, capsys, monkeypatch):
+    for name in ("digits", "digits_rgb"):  # as few images as the others have
+        monkeypatch.setitem(
+            READERS, name, lambda data_dir, split, read=READERS[name]: every_fifth(read(data_dir, split))
+        )
     partition = list(TASKS[task].partitions)[-1]
     common = ["--task", task, "--partition", partition, "--data-dir", images, "--epochs", 1, "--device", "cpu"]
     assert run(train, *common, "--command", "train_classifier", "--batch-size", 64) == 0
@@ -157,6 +166,10 @@ def test_every_task_from_images_to_figures(task, images, workplace, capsys):
     check_results(results, task, partition)
 
 
+def every_fifth(data: Images) -> Images:
+    return data.at(torch.arange(0, len(data), 5))
+
+
 def check_results(results: dict, task: str, partition: str) -> None:
     """What a results file must hold to be judged and repeated."""
     assert (results["task"], results["partition"], results["positive_class"]) == (task, partition, "OOD")
@@ -175,9 +188,9 @@ def check_results(results: dict, task: str, partition: str) -> None:
         assert [check["step"] for check in run_["curve"]] == [0, steps]
         for name in TASKS[task].ood_datasets:
             rows = [r for r in results["detection"] if (r["method"], r["seed"]) == (run_["mode"], run_["seed"])]
-            figures = {r["at"]: r["auroc"] for r in rows if r["ood_dataset"] == name}
+            aurocs = {r["at"]: r["auroc"] for r in rows if r["ood_dataset"] == name}
             curve = [check["auroc"][name] for check in run_["curve"]]
-            assert figures == {"last": curve[-1], "max": max(curve)}
+            assert aurocs == {"last": curve[-1], "max": max(curve)}
 
 
 def test_validation_images_give_a_validated_row(digits, capsys):
@@ -198,16 +211,25 @@ def test_options_of_the_method_reach_the_run(digits):
     argv = [word for option in options.items() for word in option]
     assert run(eval, *argv, "--margins", 0.1, 0.7, "--tune", "last-layer", "--epochs", 1, "--output", "a.json") == 0
     config = json.loads(Path("a.json").read_text())["config"]
-    assert config["tune"] == "last-layer" and (config["ind_quantile"], config["pseudo_quantile"]) == (0.1, 0.7)
+    assert config["tune"] == "last-layer" and config["margins"] == [0.1, 0.7]
     names = ("learning_rate", "sigma", "batch_size", "anchor", "pseudo_pool")
     assert [config[name] for name in names] == list(options.values())
     given = ["--mixing-probability", 0.7, "--pseudo-batch-size", 9]
-    assert run(eval, *given, "--loss-energy", "ind", "--score-energy", "all", "--epochs", 1, "--output", "b.json") == 0
+    assert run(eval, *given, "--loss-energy", "ind", "--score", "energy-all", "--epochs", 1, "--output", "b.json") == 0
     config = json.loads(Path("b.json").read_text())["config"]
-    assert config["mixing"] == {"kind": "coin", "probability": 0.7} and config["pseudo_batch_size"] == 9
-    assert (config["loss_energy"], config["score_energy"]) == ("ind", "all")
+    assert (config["mixing"], config["mixing_probability"]) == ("bernoulli", 0.7) and config["pseudo_batch_size"] == 9
+    assert (config["loss_energy"], config["score"]) == ("ind", "energy-all")
     assert run(eval, "--mixing", "none", "--mode", "CMG-softmax", "--epochs", 1, "--output", "c.json") == 0
-    assert json.loads(Path("c.json").read_text())["config"]["mixing"]["kind"] == "none"
+    assert json.loads(Path("c.json").read_text())["config"]["mixing"] == "none"
+
+
+def test_former_spellings_of_options_are_taken(digits):
+    former = ["--check-every", 3, "--mixing", "coin", "--mode", "CMG-energy", "--epochs", 1]
+    todays = ["--eval-every", 3, "--mixing", "bernoulli", "--mode", "CMG-energy", "--epochs", 1]
+    for file, options in (("a.json", former), ("b.json", todays)):
+        assert run(eval, *options, "--output", file) == 0
+    a, b = (json.loads(Path(file).read_text()) for file in ("a.json", "b.json"))
+    assert a["config"] == b["config"] and a["runs"] == b["runs"]
 
 
 def test_an_option_of_the_other_network_is_pointed_out(workplace, capsys):
@@ -223,7 +245,7 @@ def test_joint_training_has_the_classifiers_settings(digits):
     results = json.loads(Path("a.json").read_text())
     config = results["config"]
     assert (config["tune"], config["batch_size"], config["learning_rate"]) == ("joint", 64, 1e-3)
-    assert [row["at"] for row in results["detection"]] == ["untouched", "untouched", "last"]
+    assert [row["at"] for row in results["detection"]] == ["pretrained", "pretrained", "last"]
 
 
 def test_scores_of_all_images_can_be_kept(digits, capsys):
@@ -232,7 +254,7 @@ def test_scores_of_all_images_can_be_kept(digits, capsys):
     assert "wrote a.npz" in capsys.readouterr().out
     scores = np.load("a.npz")
     expected = {f"CMG-energy/{s}/{at}/{name}" for s in (1, 2) for at in ("last", "validated") for name in SETS}
-    expected |= {f"{method}/-/untouched/{name}" for method in ("MSP", "energy") for name in SETS[:2]}
+    expected |= {f"{method}/-/pretrained/{name}" for method in ("MSP", "energy") for name in SETS[:2]}
     assert set(scores) == expected
     rows = {(row["method"], row["seed"], row["at"]): row for row in json.loads(Path("a.json").read_text())["detection"]}
     for (method, seed, at), row in rows.items():
@@ -267,7 +289,7 @@ def test_a_picture_shows_what_the_networks_make(digits, capsys):
     picture = np.asarray(Image.open("new/picture.png").convert("RGB"))
     height = 2 * 96 + 4  # two lines of images of 8 pixels, enlarged 12 times
     assert picture.shape == (3 * (56 + height) + 8, 8 + 12 * 100 - 4 + 8, 3)
-    _, test = load_ind(TASKS["same_dataset_digits"], "partition1", Path("datasets"))
+    _, test = load_ind(DIGITS, Path("datasets"))
     rows = torch.randperm(len(test), generator=generator(123, "samples"))[:24]
     assert (picture[56 : 56 + height, 8:1204] == tile(test.images[rows])).all()
 
@@ -277,65 +299,36 @@ def test_a_picture_that_cannot_be_written_is_refused_before_the_work(digits, cap
     assert "cannot write folder: it is a folder; name a file" in error_of(capsys, samples, "--output", "folder")
 
 
-def write_result(file: str, aurocs: tuple[float, ...] = (0.9,), **different: object) -> str:
-    """A result of eval with one seed for each AUROC, of the partition that the file is named after."""
-    method = {"method": "CMG-energy", "at": "last"}
-    detection = [
-        method | {"ood_dataset": "held-out-classes", "seed": s, "auroc": auroc} for s, auroc in enumerate(aurocs)
-    ]
-    ind = [method | {"seed": s, "accuracy": 0.5, "ece": 0.125} for s in range(len(aurocs))]
-    about = {"task": "same_dataset_mnist", "partition": Path(file).stem, "config": {"sigma": 3.0}}
-    about |= {"seeds": list(range(len(aurocs))), "detection": detection, "ind": ind}
-    Path(file).write_text(json.dumps(about | different))
-    return file
-
-
-def test_the_mean_over_results(workplace, capsys):
-    # 0.90, 0.92 and 0.97 are the files' means; their own spread over seeds does not count.
-    seeds = ((0.85, 0.95), (0.92,), (0.96, 0.97, 0.98))
-    files = [write_result(f"p{i}.json", aurocs) for i, aurocs in enumerate(seeds)]
-    assert run(summarise, *files) == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith("Mean ± standard deviation over 3 results of same_dataset_mnist, each")
-    assert parse_table(printed) == {
-        ("held-out-classes", "CMG-energy", "last"): ("93.00 ± 3.61", "-", "-", "-"),
-        ("CMG-energy", "last"): ("50.00 ± 0.00", "12.50 ± 0.00"),
-    }
-
-
-def test_results_without_a_mean_are_refused(workplace, capsys):
-    one = write_result("one.json")
-    for key, value, words in (
-        ("task", "different_dataset", "task (different_dataset, same_dataset_mnist)"),
-        ("config", {"sigma": 5.0}, "config (sigma 5.0, 3.0)"),
-    ):
-        other = write_result("other.json", **{key: value})
-        assert f"other.json is of another {words} than one.json" in error_of(capsys, summarise, one, other)
-    twice = write_result("twice.json", (0.9, 0.8), partition="one")
-    assert "twice.json: one with seed 0 is in a file before it" in error_of(capsys, summarise, one, twice)
-    row = {"method": "KNN", "at": "untouched", "ood_dataset": "held-out-classes", "seed": None, "auroc": 0.9}
-    more = write_result("more.json", detection=[*json.loads(Path(one).read_text())["detection"], row])
-    assert "KNN is in one of more.json and one.json only: make both with the same" in error_of(
-        capsys, summarise, one, more
-    )
-    Path("text.json").write_text("no JSON")
-    assert "text.json: is no result; expected a JSON file that" in error_of(capsys, summarise, one, "text.json")
-    assert "none.json: No such file or directory; expected" in error_of(capsys, summarise, one, "none.json")
-
-
 def test_defaults_are_the_embedded_task_and_the_paper(workplace):
     train_args, eval_args = train.get_parser().parse_args([]), eval.get_parser().parse_args([])
     for args in (train_args, eval_args):
         assert (args.task, args.partition, args.device) == ("same_dataset_digits", None, None)
         assert (args.data_dir, args.precision) == (Path("datasets"), "auto")
-    assert (train_args.command, train_args.seed, train_args.lr) == ("train_classifier", 123, 1e-3)
-    assert (train_args.val_fraction, train_args.save_every, train_args.restart) == (0.0, None, False)
+    assert train_args.command == "train_classifier"
     assert (eval_args.mode, eval_args.ood_dataset, eval_args.seeds) == (["all"], ["all"], [123])
-    assert (eval_args.batch_size, eval_args.lr, eval_args.margins) == (None, None, [0.2, 0.8])
-    assert (eval_args.anchor, eval_args.pseudo_pool, eval_args.tune) == (0.0, 0, "head")
+    configs = LoopConfig, TrainingOptions, RunOptions
+    assert all(options_given(train_args, config) == {} for config in configs)
+    assert options_given(eval_args, FineTuneConfig) == {}
+    loop = LoopConfig(epochs=1, batch_size=512, precision="fp32")
+    assert (loop.seed, loop.learning_rate, loop.warmup_steps) == (123, 1e-3, 0)
+    assert (TrainingOptions().val_fraction, TrainingOptions().kl_weight) == (0.0, None)
+    config = FineTuneConfig(num_ind=6, sigma=3.0)
+    assert (config.epochs, config.batch_size, config.learning_rate, config.mu) == (15, 128, 1e-4, 0.1)
+    assert (config.margins, config.mixing, config.mixing_probability) == ((0.2, 0.8), "bernoulli", 0.5)
+    assert (config.anchor, config.pseudo_pool, config.tune, config.loss_energy) == (0.0, 0, "head", "all")
 
 
-@pytest.mark.parametrize("module", ["train", "eval", "figure.samples", "evaluation.summarise"])
+def test_help_names_the_default_of_every_option():
+    text = " ".join(eval.get_parser().format_help().split())
+    for words in ("m_in and m_out (default: 0.2 0.8)", "Adam (default: 0.0001; with --tune joint 0.001)"):
+        assert words in text
+    for words in ("pseudo-OOD images (default: the task's)", "fine-tuned head (default: the mode's own)"):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    "module", ["train", "eval", "predict", "reproduce", "figure.samples", "reproduction.ablations"]
+)
 def test_help_and_bad_arguments_do_not_import_torch(module):
     for option, status in (("--help", 0), ("--task=nonsense", 2)):
         command = [sys.executable, "-X", "importtime", "-m", module, option]
@@ -409,7 +402,7 @@ def test_a_value_that_is_no_tensor_is_refused(digits, capsys):
 def test_a_damaged_checkpoint_is_refused(digits, capsys):
     content = Path(CVAE).read_bytes()
     Path(CVAE).write_bytes(content[: len(content) // 2])
-    assert f"{CVAE}: is no checkpoint or is damaged" in error_of(capsys, eval)
+    assert f"{CVAE}: is not a checkpoint or is damaged" in error_of(capsys, eval)
 
 
 def test_a_malicious_checkpoint_does_not_run(digits, capsys):
@@ -420,7 +413,7 @@ def test_a_malicious_checkpoint_does_not_run(digits, capsys):
     state = load_checkpoint(Path(CLASSIFIER))
     state["classifier.fc2.bias"] = Payload()
     torch.save(state, CLASSIFIER)
-    assert f"{CLASSIFIER}: holds objects that could run code" in error_of(capsys, eval)
+    assert f"{CLASSIFIER}: holds posix.mkdir, which could run code; expected" in error_of(capsys, eval)
     assert not Path("ran").exists()
 
 
@@ -455,14 +448,21 @@ def test_a_last_batch_that_cannot_be_normalised_is_one_line(workplace, capsys):
     assert "a batch of 1 image cannot be normalised: choose a --batch-size with a larger last batch" in line
 
 
+def default_name(experiment: Experiment, seeds: list[int], *options: object) -> str:
+    """Of the results of one mode, with these options of eval."""
+    parser = eval.get_parser()
+    changed = changed_options(parser.parse_args(list(map(str, options))), parser, eval.NAMED, FineTuneConfig)
+    return eval.default_output(SimpleNamespace(experiment=experiment, modes=["CMG-energy"], seeds=seeds), changed).name
+
+
 def test_names_of_results_say_what_was_changed():
     def name(*options):
-        args = eval.get_parser().parse_args([str(option) for option in options])
-        return eval.default_output("t", "p", ["m"], [1, 2], changed_options(args, eval.get_parser(), eval.NAMED)).name
+        return default_name(DIGITS, [1, 2], *options).replace("same_dataset_digits_partition1_CMG-energy", "t_p_m")
 
     assert name() == "t_p_m_seed1-2.json"
+    assert name("--mixing", "coin", "--margins", 0.2, 0.8, "--tune", "head") == "t_p_m_seed1-2.json"
     assert name("--anchor", 0.1, "--margins", 0.3, 0.7) == "t_p_m_seed1-2_margins-0.3-0.7_anchor-0.1.json"
-    assert name("--precision", "fp32", "--lr", 0.1) == "t_p_m_seed1-2_lr-0.1_precision-fp32.json"
+    assert name("--precision", "fp32", "--lr", 0.1) == "t_p_m_seed1-2_learning_rate-0.1_precision-fp32.json"
     assert name("--ood-dataset", "SVHN", "LSUN") == "t_p_m_seed1-2_ood_dataset-SVHN-LSUN.json"
     assert name("--ood-dir", "/birds", "--ood-dir", "../fish") == "t_p_m_seed1-2_ood_dir-birds-fish.json"
     assert name("--ood-dir", "a/birds", "--ood-dir", "b/fish") == "t_p_m_seed1-2_ood_dir-a-birds-b-fish.json"
@@ -470,9 +470,18 @@ def test_names_of_results_say_what_was_changed():
     assert name("--baselines", "KNN", "ViM") == "t_p_m_seed1-2_baselines-KNN-ViM.json"
 
 
-def test_a_default_name_that_is_too_long_is_found_before_the_work(workplace, capsys):
-    line = error_of(capsys, eval, "--seeds", *range(100))
-    assert re.search(r"cannot write results/.*_seed0-1-.*-99\.json: the name is too long; give a shorter one$", line)
+def test_a_name_that_is_too_long_is_found_before_the_work(workplace, capsys):
+    line = error_of(capsys, eval, "--output", f"results/{'x' * 250}.json")
+    assert re.search(r"cannot write results/x+\.json: the name is too long; give a shorter one$", line)
+
+
+def test_default_names_stay_short_whatever_the_options():
+    assert default_name(DIGITS, [123]) == "same_dataset_digits_partition1_CMG-energy_seed123.json"
+    given = ["--baselines", *list(POST_HOC)[1:], "--ood-dir", "x/" + "y" * 250]
+    found = [default_name(DIGITS, list(range(200)), *given, "--sigma", sigma) for sigma in (1, 2)]
+    long = Experiment(f"{'custom_' + 'z' * 300}_3x32", DIGITS.task, "all")
+    found += [long.checkpoint(command).name for command in ("train_classifier", "train_cvae")]
+    assert len(set(found)) == 4 and all(len(name) <= 125 for name in found)
 
 
 # --- errors: data -------------------------------------------------------------------------------
@@ -526,7 +535,7 @@ def test_results_of_other_networks_have_another_name(digits, capsys):
 def test_a_training_that_is_not_finished_is_said_to_be_so(digits, capsys):
     Path(CLASSIFIER).rename(f"{CLASSIFIER}.resume")
     line = error_of(capsys, eval)
-    assert line == f"eval: error: {CLASSIFIER}: the training stopped before its end; give its command again"
+    assert line == f"eval: error: {CLASSIFIER}: the training was interrupted; run its command again to finish it"
 
 
 def test_the_way_to_a_checkpoint_never_leads_over_another(digits, capsys):
@@ -557,7 +566,7 @@ def test_a_file_of_images_cut_short_is_named(workplace, capsys, file):
     path = workplace / "MNIST" / "raw" / file
     path.write_bytes(path.read_bytes()[:-1])
     line = error_of(capsys, train, "--task", "same_dataset_mnist", "--data-dir", workplace)
-    assert f"{path}: is no complete IDX file" in line
+    assert f"{path}: is not a complete IDX file" in line
 
 
 def test_images_of_another_size_are_refused(workplace, capsys):
@@ -576,7 +585,7 @@ def test_images_of_another_size_are_refused(workplace, capsys):
     [
         (train, ["--epochs", "0"], "argument --epochs: 0 is out of range: expected above 0"),
         (train, ["--epochs", "1.5"], "argument --epochs: '1.5' is not a whole number"),
-        (train, ["--batch-size", "-3"], "argument --batch-size: -3 is out of range"),
+        (train, ["--batch-size", "-3"], "argument --batch-size/--batch_size: -3 is out of range"),
         (train, ["--lr", "nan"], "argument --lr: nan is out of range"),
         (train, ["--lr", "inf"], "argument --lr: inf is out of range"),
         (train, ["--lr", "fast"], "argument --lr: 'fast' is not a number"),
@@ -587,9 +596,9 @@ def test_images_of_another_size_are_refused(workplace, capsys):
         (train, ["--task", "mnist"], "argument --task: invalid choice: 'mnist'"),
         (train, ["--partition", "partition9"], "argument --partition: invalid choice: 'partition9'"),
         (train, ["--device", "tpu9"], "--device tpu9: not a device; expected cpu, cuda or cuda:N"),
-        (train, ["--device", "cuda:99"], "--device cuda:99: not there; this machine has"),
-        (train, ["--device", "meta"], "--device meta: only cpu and cuda are supported"),
-        (eval, ["--device", "cuda:99"], "--device cuda:99: not there; this machine has"),
+        (train, ["--device", "cuda:99"], "--device cuda:99: no such GPU; this machine has"),
+        (train, ["--device", "meta"], "--device meta: not supported; expected cpu, cuda or cuda:N"),
+        (eval, ["--device", "cuda:99"], "--device cuda:99: no such GPU; this machine has"),
         (train, ["--task", "different_dataset", "--partition", "partition1"], "partition1: different_dataset has all"),
         (eval, ["--task", "same_dataset_digits", "--partition", "all"], "all: same_dataset_digits has partition1, "),
         (eval, ["--ood-dataset", "SVHN"], "--ood-dataset SVHN: same_dataset_digits has held-out-classes"),
@@ -607,7 +616,7 @@ def test_images_of_another_size_are_refused(workplace, capsys):
         (
             eval,
             ["--tune", "joint", "--check-every", "1"],
-            "--check-every goes with --tune head or last-layer only; leave it out",
+            "--eval-every goes with --tune head or last-layer only; leave it out",
         ),
         (
             eval,
@@ -627,12 +636,12 @@ def test_images_of_another_size_are_refused(workplace, capsys):
         (
             eval,
             ["--mixing", "none", "--mixing-probability", "0.7"],
-            "--mixing-probability goes with --mixing coin only; leave it out",
+            "--mixing-probability goes with --mixing bernoulli only; leave it out",
         ),
         (
             eval,
             ["--mixing", "weight", "--mixing-probability", "0"],
-            "--mixing-probability goes with --mixing coin only; leave it out",
+            "--mixing-probability goes with --mixing bernoulli only; leave it out",
         ),
         (
             eval,
@@ -644,11 +653,8 @@ def test_images_of_another_size_are_refused(workplace, capsys):
             ["--mode", "CMG-softmax", "--loss-energy", "ind"],
             "--loss-energy goes with --mode CMG-energy or all only; leave it out",
         ),
-        (
-            eval,
-            ["--mode", "CMG-softmax", "--score-energy", "all"],
-            "--score-energy goes with --mode CMG-energy or all only; leave it out",
-        ),
+        (eval, ["--score", "best"], "argument --score: invalid choice: 'best'"),
+        (eval, ["--mode", "CMG-softmax", "--mu", "0.2"], "--mu goes with --mode CMG-energy or all only; leave it out"),
         (eval, ["--save-scores", "."], "cannot write .: it is a folder; name a file"),
         (eval, ["--seeds", "x"], "argument --seeds/--seed: 'x' is not a whole number"),
         (eval, ["--output", "."], "cannot write .: it is a folder; name a file"),
@@ -671,11 +677,11 @@ def test_the_readmes_detectors_agree(digits):
     """A saved detector and one that was fitted in Python."""
     options = ["--mode", "CMG-energy", "--epochs", 1, "--device", "cpu", "--precision", "fp32"]
     assert run(eval, *options, "--save-detector", "detector.pt") == 0
-    (code,) = [block for block in PYTHON if "load_detector" in block]
-    code = code.replace("sigma=task.sigma", "sigma=task.sigma, epochs=1")
+    (code,) = [block for block in PYTHON if "CMGDetector.load" in block]
+    code = code.replace('config_for(experiment, "fp32")', 'config_for(experiment, "fp32", epochs=1)')
     names = {}
     exec(code.replace("detector = CMGDetector", "saved = scores\ndetector = CMGDetector"), names)
-    images = len(load_ind(TASKS["same_dataset_digits"], "partition1", Path("datasets"))[1])
+    images = len(load_ind(DIGITS, Path("datasets"))[1])
     assert names["saved"].shape == names["scores"].shape == names["classes"].shape == (images,)
     # The networks kept a tenth of the images from training, which the fit in Python sees.
     assert np.corrcoef(names["saved"], names["scores"])[0, 1] > 0.99
@@ -684,9 +690,9 @@ def test_the_readmes_detectors_agree(digits):
 
 def test_the_readmes_mode_is_one():
     (entry,) = [block for block in PYTHON if "Mode(" in block]
-    (mode,) = builtins.eval(f"{{{entry}}}", vars(fine_tune) | {"cross_entropy": cross_entropy}).values()
-    assert isinstance(mode, fine_tune.Mode)
-    config = fine_tune.FineTuneConfig(num_ind=6, sigma=3.0)
+    (mode,) = builtins.eval(f"{{{entry}}}", vars(losses)).values()
+    assert isinstance(mode, losses.Mode)
+    config = FineTuneConfig(num_ind=6, sigma=3.0)
     labels = torch.zeros(2, 5, dtype=torch.long)
     loss = mode.loss(torch.zeros(2, 5, 11), labels, torch.zeros(2, 7, 11), None, config)
     expected = torch.full((2,), math.log(11) + 0.5 * math.log(6))

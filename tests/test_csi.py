@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,10 +16,13 @@ from csi.loss import supervised_contrastive
 from csi.network import Bn1AndLinear, CSINet, load_csi
 from csi.optimizers import LARS, Together, step_decay, warmup_cosine
 from csi.scores import marginalise, rotation_ensemble, single_view
-from csi.stages import STAGES, LinearLayers, Representation
-from evaluation.scores import msp_score
+from csi.stages import TRAININGS, LinearLayers, Representation
+
+from cli.errors import UserError
+from cmg.scores import msp
+from tests import children
 from training.processes import joined_processes
-from utils import UserError, save_checkpoint
+from utils import save_checkpoint
 
 
 def randomised(model: CSINet, seed: int = 0) -> CSINet:
@@ -121,7 +121,7 @@ def test_authors_checkpoint_loads_with_dataparallel_prefix(tmp_path, capsys):
     save_checkpoint(tmp_path / "authors.model", {f"module.{k}": v for k, v in model.state_dict().items()})
     loaded, origin = load_csi(tmp_path / "authors.model", 10, {"dataset": "cifar10"}, "")
     assert origin == {}
-    assert f"took the prefix module. off its {len(model.state_dict())} names" in capsys.readouterr().out
+    assert f"removed the prefix module. from its {len(model.state_dict())} names" in capsys.readouterr().out
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
@@ -226,13 +226,11 @@ def contrastive_batch() -> tuple[torch.Tensor, torch.Tensor, nn.Linear]:
     return inputs, labels, layer
 
 
-def half_of_the_loss(rank: int, port: int, path: str) -> None:
+def half_of_the_loss(path: Path) -> None:
     """One of two gloo processes: 7 and 3 views, gradients averaged as DistributedDataParallel does."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with joined_processes("cpu") as processes:
         inputs, labels, layer = contrastive_batch()
-        rows = slice(0, 7) if rank == 0 else slice(7, 10)
+        rows = slice(0, 7) if processes.is_main else slice(7, 10)
         weight = 2 * len(labels[rows]) / len(labels)
         parallel = processes.wrap(layer)
         loss = supervised_contrastive(parallel(inputs[rows]), labels[rows]) * weight
@@ -249,10 +247,9 @@ def test_two_processes_equal_one(tmp_path):
     inputs, labels, layer = contrastive_batch()
     loss = supervised_contrastive(layer(inputs), labels)
     loss.backward()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(half_of_the_loss, (port, str(tmp_path / "two.pt")), nprocs=2)
+    output = tmp_path / "output"
+    processes = children.start_two(half_of_the_loss, tmp_path / "two.pt", output=output)
+    assert children.finish(processes) == [0, 0], [path.read_text() for path in tmp_path.glob("output*")]
     two = torch.load(tmp_path / "two.pt")
     torch.testing.assert_close(two["loss"], loss.detach())
     torch.testing.assert_close(two["weight"], layer.weight.grad, rtol=1e-4, atol=1e-6)
@@ -324,7 +321,7 @@ def toy_batch(count: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
 def test_representation_step_moves_extractor_and_linear_only():
     model = CSINet(classes=2, width=2)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer, objective = STAGES["sup_simclr_CSI"].prepare(model, 1.0), Representation(2)
+    optimizer, objective = TRAININGS["sup_simclr_CSI"].prepare(model, 1.0), Representation(2)
     images, labels = toy_batch()
     means = objective(model, images, labels, *objective.draw(4, torch.Generator().manual_seed(0)))
     torch.testing.assert_close(means["loss"], means["contrastive"] + means["linear"])
@@ -340,7 +337,7 @@ def test_linear_stage_leaves_the_extractor_bit_equal_and_equals_three_optimizers
     plain.load_state_dict(model.state_dict())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     objective, (images, labels) = LinearLayers(2, augment=nn.Identity()), toy_batch()
-    optimizer = STAGES["sup_CSI_linear"].prepare(model, 0.1)
+    optimizer = TRAININGS["sup_CSI_linear"].prepare(model, 0.1)
     heads = plain.linear, plain.shift_cls_layer, plain.joint_distribution_layer
     optimizers = [torch.optim.SGD(head.parameters(), 0.1, weight_decay=1e-6) for head in heads]
     plain.eval()
@@ -392,7 +389,7 @@ def test_views_of_a_network_equal_single_images():
 
 
 def test_msp_score_keeps_the_order_of_confident_images():
-    scores = msp_score(torch.tensor([[0.0, 0.0], [0.0, math.log(3)], [0.0, 20.0], [0.0, 25.0]]))
+    scores = msp(torch.tensor([[0.0, 0.0], [0.0, math.log(3)], [0.0, 20.0], [0.0, 25.0]]))
     torch.testing.assert_close(scores[:2], torch.tensor([0.5, 0.25], dtype=torch.float64))
     assert scores[2] > scores[3] > 0
 

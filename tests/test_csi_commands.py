@@ -14,19 +14,25 @@ from pathlib import Path
 import pytest
 import torch
 
-import train as root_train
+from csi.before_and_after import before_and_after
 from csi.network import CSINet
 from csi.optimizers import warmup_cosine
 from csi.options import root
-from csi.stages import STAGES
+from csi.stages import TRAININGS
+
+import train as root_train
+from cli.errors import Stopped, run_command
+from cmg.config import FineTuneConfig
+from cmg.data import Stage2Data
+from cmg.stage2 import tune_and_score
 from datasets.datasetsHelper import Images
 from datasets.tasks import TASKS
+from models.vae import ConditionalVAE
 from tests import tiny_data
-from training.fine_tune import FineTuneConfig
-from training.loop import LoopConfig, Recorder, fit
+from training.config import LoopConfig
+from training.loop import Recorder, fit
 from training.processes import Processes
-from training.stage2 import Stage2Data
-from utils import Stopped, load_checkpoint, run_command
+from utils import load_checkpoint
 
 FOLDER = Path(__file__).resolve().parents[1] / "CSI+CMG"
 FEW = ["--val-fraction", "0.9"]  # so that only a tenth of the 722 digits is trained on
@@ -80,7 +86,7 @@ def test_a_finished_training_is_not_repeated(chain, capsys):
     what = ["--dataset", "digits", "--device", "cpu", "--precision", "fp32", "--width", 2, "--epochs", 2, "--warmup", 1]
     again = [*what, "--batch_size", 32, *FEW, "--params-dict-name", chain / "representation.pkl"]
     assert run("train", *again) == 0
-    assert "complete already" in capsys.readouterr().out
+    assert "already complete" in capsys.readouterr().out
     assert run("train", *again, "--lr", 0.5) == 2
     assert "learning_rate was 1.0, is 0.5" in capsys.readouterr().err
 
@@ -91,7 +97,7 @@ def test_a_finished_training_is_not_repeated(chain, capsys):
         ("sup_CSI_linear", "--width", 8, "sup_simclr_CSI"),
         ("sup_CSI_linear", "--warmup", 2, "sup_simclr_CSI"),
         ("sup_CSI_linear", "--val-fraction", 0.1, "sup_simclr_CSI"),
-        ("sup_simclr_CSI", "--load-path", "x.pkl", "sup_CSI_linear"),
+        ("sup_simclr_CSI", "--load_path", "x.pkl", "sup_CSI_linear"),
     ],
 )
 def test_training_refuses_options_of_the_other_mode(tmp_path, capsys, mode, option, value, other):
@@ -101,7 +107,7 @@ def test_training_refuses_options_of_the_other_mode(tmp_path, capsys, mode, opti
     assert not any(tmp_path.iterdir())
 
 
-def test_eval_writes_every_figure(chain, tmp_path, capsys):
+def test_eval_writes_every_metric(chain, tmp_path, capsys):
     output = tmp_path / "eval.json"
     assert (
         run("eval", "--dataset", "digits", "--device", "cpu", "--load_path", chain / "csi.pkl", "--output", output) == 0
@@ -130,7 +136,7 @@ def test_eval_refuses_a_bare_representation(chain, tmp_path, capsys):
 
 def main_options(chain: Path, output: Path) -> list[object]:
     networks = ["--params-dict-name", chain / "csi.pkl", "--params-dict-name2", chain / "cvae.pkl"]
-    return ["--dataset", "digits", "--device", "cpu", *networks, "--epochs", 2, "--check-every", 1, "--output", output]
+    return ["--dataset", "digits", "--device", "cpu", *networks, "--epochs", 2, "--eval-every", 1, "--output", output]
 
 
 def test_main_reports_before_and_after(chain, tmp_path, capsys):
@@ -140,9 +146,9 @@ def test_main_reports_before_and_after(chain, tmp_path, capsys):
     assert "CSI, rotation ensemble" in out and "CMG-energy" in out
     result = json.loads(output.read_text())
     rows = {(row["method"], row["at"], row["seed"]) for row in result["detection"]}
-    before = {("CSI, single view", "untouched", None), ("CSI, rotation ensemble", "untouched", None)}
+    before = {("CSI, single view", "pretrained", None), ("CSI, rotation ensemble", "pretrained", None)}
     after = {("CMG-energy", at, seed) for at in ("last", "validated", "max") for seed in (1, 2)}
-    assert rows == before | after | {("energy", "untouched", None)}
+    assert rows == before | after | {("energy", "pretrained", None)}
     assert [check["step"] for check in result["runs"][0]["curve"]] == [0, 1, 2]
 
 
@@ -156,13 +162,15 @@ def test_main_names_what_is_missing(chain, tmp_path, capsys):
     options = ["--params-dict-name", chain / "csi.pkl", "--params-dict-name2", cvae, "--output", tmp_path / "o"]
     assert run("main", "--dataset", "digits", *options) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "in the root: python -m train --task same_dataset_digits_rgb --partition" in error
+    assert error.count("\n") == 1 and "root, with: python -m train --task same_dataset_digits_rgb --partition" in error
 
 
 @pytest.mark.parametrize("train_bn1", [False, True])
-def test_main_leaves_the_network_bit_equal(train_bn1):
-    from models.vae import ConditionalVAE
-
+def test_main_leaves_the_network_bit_equal(train_bn1, monkeypatch):
+    found = []
+    monkeypatch.setattr(
+        "csi.before_and_after.tune_and_score", lambda *args: found.append(tune_and_score(*args)) or found[-1]
+    )
     torch.manual_seed(0)
     network, cvae = CSINet(classes=2, width=2), ConditionalVAE(4, 3, 32, 10, "narrow")
     for frozen in (network, cvae):
@@ -170,12 +178,13 @@ def test_main_leaves_the_network_bit_equal(train_bn1):
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     images = Images(torch.randint(256, (12, 3, 32, 32), dtype=torch.uint8), torch.arange(12) % 2)
     data = Stage2Data(images, images.at(torch.arange(0)), images, {"noise": images.images})
-    config = FineTuneConfig(num_ind=2, epochs=2, batch_size=6, learning_rate=1e-2, check_every=4, sigma=5.0)
-    results = command("main").before_and_after(network, cvae, data, config, [1, 2], train_bn1)
+    config = FineTuneConfig(num_ind=2, epochs=2, batch_size=6, learning_rate=1e-2, eval_every=4, sigma=5.0)
+    before_and_after(network, cvae, data, config, [1, 2], train_bn1)
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     tuned = {"linear.weight", "linear.bias", "bn1.weight", "bn1.bias"} if train_bn1 else {"weight", "bias"}
-    for run in results["tuned"]:
+    assert len(found[0].runs) == 2
+    for run in found[0].runs:
         assert set(run.last) == tuned
         for name, tensor in run.last.items():
             assert not torch.equal(tensor, before[name if train_bn1 else f"linear.{name}"]), name
@@ -184,15 +193,15 @@ def test_main_leaves_the_network_bit_equal(train_bn1):
 def test_an_interrupted_representation_resumes_exactly(tmp_path):
     images = Images(torch.randint(256, (10, 3, 32, 32), dtype=torch.uint8), torch.arange(10) % 2)
     config = LoopConfig(epochs=3, batch_size=4, learning_rate=1.0, seed=1, precision="fp32")
-    stage = STAGES["sup_simclr_CSI"]
+    training = TRAININGS["sup_simclr_CSI"]
 
     def train(recorder: Recorder) -> CSINet:
         torch.manual_seed(0)
         model = CSINet(classes=2, width=2)
-        optimizer = stage.prepare(model, 1.0)
-        schedule = lambda progress: stage.schedule(progress, 1.0, 1, 3)  # noqa: E731
+        optimizer = training.prepare(model, 1.0)
+        schedule = lambda progress: training.schedule(progress, 1.0, 1, 3)  # noqa: E731
         processes = Processes(torch.device("cpu"))
-        fit(model, optimizer, images, stage.objective(2), config, processes, recorder, schedule=schedule)
+        fit(model, optimizer, images, training.objective(2), config, processes, recorder, schedule=schedule)
         return model
 
     def stop(line: dict) -> None:
@@ -237,7 +246,7 @@ def test_all_six_ood_sets_of_cifar10_in_one_run(tmp_path, monkeypatch):
     names = list(dict.fromkeys(row["ood_dataset"] for row in result["detection"]))
     assert names == ["SVHN", "LSUN", "LSUN-FIX", "tinyImageNet", "ImageNet-FIX", "CIFAR100", "planes"]
     assert result["images"]["planes"] == 4 and result["dataset"] == "cifar10"
-    assert result["config"]["sigma"] == 5.0 and result["config"]["check_every"] == 100
+    assert result["config"]["sigma"] == 5.0 and result["config"]["eval_every"] == 100
 
 
 # --- the user's own images ----------------------------------------------------------------------
@@ -262,8 +271,8 @@ def test_own_images_through_the_whole_chain(own_images, tmp_path, capsys):
     assert run("eval", *own_images) == run("eval", *own_images, "--precision", "fp32") == 0
     assert run("main", *own_images) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "it should hold the CVAE. Make it with, in the root: " in error
-    advice = shlex.split(error.split("in the root: ")[1])[3:]  # in the root, where ../birds is another folder
+    assert error.count("\n") == 1 and "it should hold the CVAE. Make it, in the repository's root, with: " in error
+    advice = shlex.split(error.split("root, with: ")[1])[3:]  # in the root, where ../birds is another folder
     assert run_command(root_train.main, root_train.get_parser(), [*advice, "--epochs", "1", "--device", "cpu"]) == 0
     assert run("main", *own_images, "--epochs", 1, "--precision", "fp32") == 0
 
@@ -289,7 +298,7 @@ def test_own_images_need_an_ood_folder_for_detection_only(own_images, tmp_path, 
     assert run("eval", *options, "--mode", "test_acc") == 2
     error = capsys.readouterr().err
     assert "../ckpt/csi_custom_birds_3x32.pkl: no such file" in error and error.count("\n") == 1
-    advice = shlex.split(error.split("in CSI+CMG: ")[1])[3:]
+    advice = shlex.split(error.split("in CSI+CMG, with: ")[1])[3:]
     args = command("train").get_parser().parse_args(advice)
     assert (args.mode, args.dataset, args.ind_dir) == ("sup_CSI_linear", "custom", tmp_path / "birds")
 

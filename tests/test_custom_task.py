@@ -16,26 +16,28 @@ from PIL import Image
 
 import eval as evaluate
 import train
+from cli.errors import UserError, run_command
+from cmg.data import Stage2Data
 from datasets.datasetsHelper import Images, load_ind, load_ood
 from datasets.tasks import (
+    CUSTOM,
     HELD_OUT,
     MNIST,
     RESERVED,
     TASKS,
+    Experiment,
+    Task,
     add_data_arguments,
-    all_partitions,
+    add_experiment_arguments,
     custom_task,
-    find_partition,
-    task_from_arguments,
-    task_names,
+    experiment_from_arguments,
     with_ood_folders,
 )
 from evaluation.report import IND_TEST, PSEUDO
 from tests.tiny_data import squares, write_folder, write_mnist
-from training.stage2 import Stage2Data, train_command
+from training.networks import train_command
 from training.train_classifier import build_classifier
 from training.train_cvae import build_cvae
-from utils import UserError, add_common_arguments, run_command
 
 ROOT = Path(__file__).parent.parent
 SHADES = {"crow": 30, "duck": 120, "swan": 220}
@@ -63,9 +65,14 @@ def insects(tmp_path) -> Path:
 
 def parse(*argv: object) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    add_common_arguments(parser, task_names(), all_partitions())
+    add_experiment_arguments(parser)
     add_data_arguments(parser)
     return parser.parse_args([str(word) for word in argv])
+
+
+def whole(task: Task) -> Experiment:
+    """The only experiment of a task of one's own."""
+    return Experiment.of(CUSTOM, task)
 
 
 # --- the task -----------------------------------------------------------------------------------
@@ -81,18 +88,18 @@ def test_classes_follow_the_folders(birds, insects):
 
 def test_images_are_resized_and_labelled(birds, insects, tmp_path):
     task = custom_task(birds, [insects])
-    train, test = load_ind(task, "all", tmp_path)
+    train, test = load_ind(whole(task), tmp_path)
     assert train.images.shape == (12, 3, 32, 32) and train.images.dtype == torch.uint8
     assert train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4 and test.labels.tolist() == [0, 0, 1, 1, 2, 2]
     for label, shade in enumerate(SHADES.values()):
         assert (train.images[train.labels == label] == shade).all()
-    assert load_ood(task, "all", "insects", tmp_path).shape == (5, 3, 32, 32)
+    assert load_ood(whole(task), "insects", tmp_path).shape == (5, 3, 32, 32)
 
 
 @pytest.mark.parametrize(("size", "channels"), [(28, 1), (28, 3), (32, 1), (32, 3)])
 def test_networks_take_every_shape(birds, tmp_path, size, channels):
     task = custom_task(birds, [], size, channels)
-    train, _ = load_ind(task, "all", tmp_path)
+    train, _ = load_ind(whole(task), tmp_path)
     assert train.images.shape[1:] == (channels, size, size)
     images, labels = train.images[:2] / 255, train.labels[:2]
     with torch.no_grad():
@@ -107,7 +114,7 @@ def test_more_classes_than_ten(tmp_path):
             write_folder(tmp_path / "many" / split, f"class_{k:02d}", 1)
     task = custom_task(tmp_path / "many")
     assert (task.logits, task.embedded_classes, len(task.partitions["all"])) == (13, 12, 12)
-    assert load_ind(task, "all", tmp_path)[1].labels.tolist() == list(range(12))
+    assert load_ind(whole(task), tmp_path)[1].labels.tolist() == list(range(12))
 
 
 def test_resizing_averages(tmp_path):
@@ -117,16 +124,17 @@ def test_resizing_averages(tmp_path):
         for name in ("a", "b"):
             (tmp_path / "boards" / split / name).mkdir(parents=True)
             board.save(tmp_path / "boards" / split / name / "x.png")
-    train, _ = load_ind(custom_task(tmp_path / "boards"), "all", tmp_path)
+    train, _ = load_ind(whole(custom_task(tmp_path / "boards")), tmp_path)
     assert (train.images.int() - 127).abs().max() <= 16
 
 
 def test_ood_folders_beside_a_registered_task(insects, tmp_path):
     task = with_ood_folders(MNIST, [insects])
     assert task.ood_datasets == (HELD_OUT, "insects") and TASKS["same_dataset_mnist"].ood_datasets == (HELD_OUT,)
-    assert load_ood(task, "partition1", "insects", tmp_path).shape == (5, 1, 28, 28)
+    experiment = Experiment.of("same_dataset_mnist", task)
+    assert load_ood(experiment, "insects", tmp_path).shape == (5, 1, 28, 28)
     write_mnist(tmp_path, 1)
-    assert len(load_ood(task, "partition1", HELD_OUT, tmp_path)) == 4
+    assert len(load_ood(experiment, HELD_OUT, tmp_path)) == 4
 
 
 def test_further_mnists_are_one_entry_each():
@@ -164,15 +172,15 @@ def test_image_mistakes_are_named(birds, tmp_path):
     stray = birds / "train" / "stray.png"
     Image.new("RGB", (9, 9)).save(stray)
     with pytest.raises(UserError, match=r"train/stray\.png: belongs to no class; expected .*train/CLASS/IMAGE"):
-        load_ind(task, "all", tmp_path)
+        load_ind(whole(task), tmp_path)
     stray.unlink()
     for path in (birds / "test" / "duck").iterdir():
         path.unlink()
     with pytest.raises(UserError, match="test/duck: no images there; every class needs some in train and in test"):
-        load_ind(task, "all", tmp_path)
+        load_ind(whole(task), tmp_path)
     (birds / "test" / "duck" / "bad.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"test/duck/bad\.png: cannot be decoded"):
-        load_ind(task, "all", tmp_path)
+        load_ind(whole(task), tmp_path)
 
 
 def test_ood_mistakes_are_named(birds, insects, tmp_path):
@@ -189,7 +197,7 @@ def test_ood_mistakes_are_named(birds, insects, tmp_path):
         with_ood_folders(TASKS["different_dataset"], [tmp_path / "SVHN"])
     empty = custom_task(birds, [tmp_path / "SVHN"])
     with pytest.raises(UserError, match="SVHN: no images there"):
-        load_ood(empty, "all", "SVHN", tmp_path)
+        load_ood(whole(empty), "SVHN", tmp_path)
 
 
 @pytest.mark.parametrize("name", RESERVED)
@@ -199,7 +207,7 @@ def test_an_ood_folder_cannot_be_called_as_something_else(birds, tmp_path, name)
     for take in (lambda: custom_task(birds, [folder]), lambda: with_ood_folders(MNIST, [folder])):
         with pytest.raises(UserError) as refusal:
             take()
-        expected = f"{name} is what results or options call something else; rename the folder"
+        expected = f"the name {name} is reserved by results or options; rename the folder"
         assert str(refusal.value) == f"--ood-dir {folder}: {expected}"
 
 
@@ -211,15 +219,15 @@ def test_images_counted_beside_the_ood_sets_have_reserved_names():
 # --- arguments ----------------------------------------------------------------------------------
 
 
-def test_task_from_arguments(birds, insects):
-    name, task, partition = task_from_arguments(parse("--task", "custom", "--ind-dir", birds, "--ood-dir", insects))
-    assert (name, partition, task) == ("custom_birds_3x32", "all", custom_task(birds, [insects]))
-    name, task, _ = task_from_arguments(parse("--task", "custom", "--ind-dir", birds, "--image-size", 28, "--grey"))
-    assert name == "custom_birds_1x28" and task == custom_task(birds, [], 28, 1)
-    name, task, partition = task_from_arguments(parse("--task", "same_dataset_kmnist", "--partition", "partition3"))
-    assert (name, partition) == ("same_dataset_kmnist", "partition3") and task == TASKS[name]
-    _, task, _ = task_from_arguments(parse("--task", "different_dataset", "--ood-dir", insects))
-    assert task.ood_datasets == (*TASKS["different_dataset"].ood_datasets, "insects")
+def test_experiment_from_arguments(birds, insects):
+    found = experiment_from_arguments(parse("--task", "custom", "--ind-dir", birds, "--ood-dir", insects))
+    assert found == Experiment("custom_birds_3x32", custom_task(birds, [insects]), "all")
+    found = experiment_from_arguments(parse("--task", "custom", "--ind-dir", birds, "--image-size", 28, "--grey"))
+    assert found.name == "custom_birds_1x28" and found.task == custom_task(birds, [], 28, 1)
+    found = experiment_from_arguments(parse("--task", "same_dataset_kmnist", "--partition", "partition3"))
+    assert found == Experiment("same_dataset_kmnist", TASKS["same_dataset_kmnist"], "partition3")
+    found = experiment_from_arguments(parse("--task", "different_dataset", "--ood-dir", insects))
+    assert found.task.ood_datasets == (*TASKS["different_dataset"].ood_datasets, "insects")
 
 
 @pytest.mark.parametrize(
@@ -237,12 +245,12 @@ def test_task_from_arguments(birds, insects):
 )
 def test_arguments_that_do_not_go_together(argv, message):
     with pytest.raises(UserError, match=message):
-        task_from_arguments(parse(*argv))
+        experiment_from_arguments(parse(*argv))
 
 
-def test_find_partition():
-    assert find_partition("different_dataset", TASKS["different_dataset"], None) == "all"
-    assert find_partition("same_dataset_mnist", MNIST, "partition5") == "partition5"
+def test_the_partition_is_the_one_asked_for_or_the_first():
+    assert Experiment.of("different_dataset", TASKS["different_dataset"]).partition == "all"
+    assert Experiment.of("same_dataset_mnist", MNIST, "partition5").partition == "partition5"
 
 
 # --- the commands -------------------------------------------------------------------------------
@@ -286,8 +294,8 @@ def test_the_command_that_a_missing_checkpoint_advises_makes_the_task_again(tmp_
         for name in ("a", "b"):
             write_folder(ind_dir, f"{split}/{name}", 2)
     task = custom_task(ind_dir, image_size=28, image_channels=1)
-    words = shlex.split(train_command("train_cvae", task, "custom_two words_1x28", "all", Path("v.pkl")))
+    experiment = Experiment("custom_two words_1x28", task, "all")
+    words = shlex.split(train_command(experiment, "train_cvae", Path("v.pkl")))
     args = train.get_parser().parse_args(words[3:])
-    name, again, partition = task_from_arguments(args)
-    assert (name, again, partition) == ("custom_two words_1x28", task, "all")
-    assert args.command == "train_cvae" and task.class_names("all") == ("a", "b")
+    assert experiment_from_arguments(args) == experiment
+    assert args.command == "train_cvae" and experiment.class_names == ("a", "b")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
@@ -12,11 +13,17 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from torchvision.transforms import RandomCrop, RandomHorizontalFlip
 
+from cli.errors import UserError
 from datasets.datasetsHelper import Images, load_ind, load_ood, select, split_validation, to_float
-from datasets.tasks import HELD_OUT, PARTITIONS, TASKS, find_partition
+from datasets.tasks import HELD_OUT, PARTITIONS, TASKS, Experiment
 from tests import tiny_data
 from training.train_classifier import ClassifierObjective, crop_and_flip
-from utils import UserError, generator
+from utils import generator
+
+
+def registered(name: str, partition: str | None = None) -> Experiment:
+    return Experiment.of(name, TASKS[name], partition)
+
 
 # --- tasks and partitions -----------------------------------------------------------------------
 
@@ -32,48 +39,49 @@ def test_partitions_are_those_of_the_method():
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "logits", "sigma", "epochs", "check_every", "augment", "ood_sets"),
+    ("name", "shape", "logits", "sigma", "epochs", "eval_every", "augment", "ood_sets"),
     [
         ("same_dataset_mnist", (1, 28), 11, 3.0, 100, 20, False, 1),
         ("same_dataset_cifar10", (3, 32), 11, 5.0, 200, 20, True, 1),
         ("different_dataset", (3, 32), 110, 5.0, 200, 100, True, 6),
     ],
 )
-def test_tasks_hold_the_settings_of_the_method(name, shape, logits, sigma, epochs, check_every, augment, ood_sets):
+def test_tasks_hold_the_settings_of_the_method(name, shape, logits, sigma, epochs, eval_every, augment, ood_sets):
     task = TASKS[name]
     assert ((task.image_channels, task.image_size), task.logits, task.sigma) == (shape, logits, sigma)
     assert task.epochs == {"train_classifier": epochs, "train_cvae": epochs}
-    assert (task.check_every, task.augment, len(task.ood_datasets)) == (check_every, augment, ood_sets)
+    assert (task.eval_every, task.augment, len(task.ood_datasets)) == (eval_every, augment, ood_sets)
     assert (task.batch_size, task.fine_tune_epochs, task.kl_weight, task.embedded_classes) == (512, 15, 1.0, 10)
 
 
 def test_partition_defaults_to_the_first_and_an_unknown_one_is_refused():
-    assert find_partition("different_dataset", TASKS["different_dataset"], None) == "all"
-    assert find_partition("same_dataset_mnist", TASKS["same_dataset_mnist"], None) == "partition1"
+    assert registered("different_dataset").partition == "all"
+    assert registered("same_dataset_mnist").partition == "partition1"
     with pytest.raises(UserError, match="--partition partition2: different_dataset has all"):
-        find_partition("different_dataset", TASKS["different_dataset"], "partition2")
+        registered("different_dataset", "partition2")
 
 
 @pytest.mark.parametrize("partition", PARTITIONS)
 def test_mnist_partition_has_its_classes_renumbered_in_order(tmp_path, partition):
     tiny_data.write_mnist(tmp_path, 4)
-    task, classes = TASKS["same_dataset_mnist"], PARTITIONS[partition]
-    for seed, part in enumerate(load_ind(task, partition, tmp_path)):
+    experiment, classes = registered("same_dataset_mnist", partition), PARTITIONS[partition]
+    assert (experiment.classes, experiment.num_ind, experiment.class_names) == (classes, 6, classes)
+    for seed, part in enumerate(load_ind(experiment, tmp_path)):
         written = tiny_data.labels_in_turn(40)
         images = torch.from_numpy(tiny_data.squares(written, 28, 1, seed))
         rows = [n for n in range(40) if written[n] in classes]
         assert torch.equal(part.images, images[rows]) and part.images.dtype == torch.uint8
         assert part.labels.tolist() == [classes.index(written[n]) for n in rows]
-    held_out = load_ood(task, partition, HELD_OUT, tmp_path)
+    held_out = load_ood(experiment, HELD_OUT, tmp_path)
     assert torch.equal(held_out, images[[n for n in range(40) if written[n] not in classes]])
 
 
 def test_sizes_of_the_cifar10_tasks(tmp_path):
     tiny_data.write_cifar10(tmp_path, 20)  # 2 of each class in each of 5 training files and one test file
-    train, test = load_ind(TASKS["same_dataset_cifar10"], "partition4", tmp_path)
+    train, test = load_ind(registered("same_dataset_cifar10", "partition4"), tmp_path)
     assert (len(train), len(test)) == (60, 12)
-    assert len(load_ood(TASKS["same_dataset_cifar10"], "partition4", HELD_OUT, tmp_path)) == 8
-    train, test = load_ind(TASKS["different_dataset"], "all", tmp_path)
+    assert len(load_ood(registered("same_dataset_cifar10", "partition4"), HELD_OUT, tmp_path)) == 8
+    train, test = load_ind(registered("different_dataset"), tmp_path)
     assert (len(train), len(test)) == (100, 20)
     assert test.labels.tolist() == [*range(10), *range(10)]
 
@@ -84,7 +92,7 @@ def test_every_ood_set_of_setting_2_reads_its_test_images(tmp_path, name):
     tiny_data.write_svhn(tmp_path, 7)
     for folder in ("LSUN_resize", "LSUN_fix", "Imagenet_resize", "Imagenet_fix"):
         tiny_data.write_folder(tmp_path, folder, 7)
-    images = load_ood(TASKS["different_dataset"], "all", name, tmp_path)
+    images = load_ood(registered("different_dataset"), name, tmp_path)
     assert images.shape == (7, 3, 32, 32) and images.dtype == torch.uint8
     seeds = {"SVHN": 201, "CIFAR100": 101}
     if name in seeds:
@@ -109,10 +117,10 @@ def test_select_equals_a_plain_loop(labels, classes):
 
 
 def test_digits_split_is_fixed_disjoint_and_stratified(tmp_path):
-    task = TASKS["same_dataset_digits"]
-    train, test = load_ind(task, "partition1", tmp_path)
-    held_out = load_ood(task, "partition1", HELD_OUT, tmp_path)
-    again, _ = load_ind(task, "partition1", tmp_path)
+    experiment = registered("same_dataset_digits")
+    train, test = load_ind(experiment, tmp_path)
+    held_out = load_ood(experiment, HELD_OUT, tmp_path)
+    again, _ = load_ind(experiment, tmp_path)
     assert torch.equal(train.images, again.images)
     assert (len(train), len(test), len(held_out)) == (722, 361, 238)
     digits = load_digits()
@@ -148,6 +156,17 @@ def test_validation_split_is_no_prefix_of_the_classes():
     data = Images(torch.arange(400).view(-1, 1, 1, 1), torch.zeros(400, dtype=torch.int64))
     held = split_validation(data, 0.25)[1].images.flatten()
     assert abs(held.double().mean() - 199.5) < 5 * 115.5 / 100**0.5
+
+
+# --- images -------------------------------------------------------------------------------------
+
+
+def test_images_can_be_changed_only_into_new_ones():
+    data = Images(torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1), torch.tensor([4, 5, 6]))
+    assert len(data) == 3 and len(data.at(torch.tensor([2]))) == 1
+    assert replace(data, labels=data.labels + 1).labels.tolist() == [5, 6, 7] and data.labels.tolist() == [4, 5, 6]
+    with pytest.raises(FrozenInstanceError):
+        data.labels = data.labels + 1
 
 
 # --- pixels and augmentation --------------------------------------------------------------------

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import eval
+from cli.errors import UserError, run_command
+from cmg.config import FineTuneConfig
+from cmg.detector import CMGDetector, acceptance_threshold
+from cmg.scores import SCORES
 from datasets.datasetsHelper import load_ind, to_float
-from datasets.tasks import TASKS
-from evaluation.detector import Detector, DetectorConfig, acceptance_threshold, load_detector
-from evaluation.scores import SCORES
+from datasets.tasks import TASKS, Experiment
 from models.main_model import MainModel
 from training.train_classifier import build_classifier
 from training.train_cvae import build_cvae
-from utils import UserError, run_command, save_checkpoint
+from utils import save_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -30,40 +34,62 @@ def test_threshold_is_the_least_score_that_95_percent_do_not_exceed(count, expec
     assert (scores < threshold).double().mean() < 0.95
 
 
-CONFIG = DetectorConfig(
-    task="t", classes=(2, 3, 4), image_size=8, image_channels=1, logits=11, networks="mnist", score="CMG-softmax",
-    threshold=0.25, threshold_from="IND test",
-)  # fmt: skip
+def detector_of(model: MainModel) -> CMGDetector:
+    """A fitted detector of the classes 2, 3 and 4 that scores by the OOD slot."""
+    config = FineTuneConfig(num_ind=3, sigma=1.0)
+    detector = CMGDetector(model, None, config, "CMG-softmax", classes=(2, 3, 4))
+    detector.adopt(model.classifier.state_dict())
+    detector.threshold, detector.threshold_from = 0.25, "IND test"
+    return detector
 
 
 def test_a_saved_detector_scores_as_the_one_saved(tmp_path):
     model = MainModel(8, 1, 11, "mnist")
-    detector = Detector(model, CONFIG)
-    detector.save(tmp_path / "d.pt", {"command": "c"})
-    loaded = load_detector(tmp_path / "d.pt", CPU)
+    detector = detector_of(model)
+    detector.save(tmp_path / "d.pt", {"command": "c"}, "t")
+    loaded = CMGDetector.load(tmp_path / "d.pt", CPU)
     images = torch.rand(5, 1, 8, 8)
-    assert loaded.config == CONFIG
+    assert (loaded.classes, loaded.threshold, loaded.threshold_from) == ((2, 3, 4), 0.25, "IND test")
+    assert loaded.rule() == "OOD above 0.25, which 95 % of the IND test images do not exceed"
     state, stored = model.state_dict(), loaded.model.state_dict()
     assert all(torch.equal(state[name], stored[name]) for name in state)
     with torch.no_grad():
-        logits = model(images)
+        logits = model.eval()(images)
     # Memory layouts differ, and with them the order of sums.
-    for found in (detector(images), loaded(images)):
-        torch.testing.assert_close(found[0], SCORES["CMG-softmax"](logits, 3))
-        assert torch.equal(found[1], logits[:, :3].argmax(1))
+    for one in (detector, loaded):
+        scores, classes = one.judge(one.features(images))
+        torch.testing.assert_close(scores, SCORES["ood-slot"](logits, 3))
+        assert torch.equal(classes, logits[:, :3].argmax(1))
+        torch.testing.assert_close(one.predict(images), scores, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("former", "score"),
+    [("CMG-energy", "energy-ind"), ("CMG-energy over all logits", "energy-all"), ("CMG-softmax", "ood-slot")],
+)
+def test_detectors_saved_under_former_names_of_scores_load(tmp_path, former, score):
+    model = MainModel(8, 1, 11, "mnist").eval()
+    about = {"task": "t", "classes": (2, 3, 4), "image_size": 8, "image_channels": 1, "logits": 11}
+    about |= {"networks": "mnist"} | {"score": former, "threshold": 0.25, "threshold_from": "IND test"}
+    save_checkpoint(tmp_path / "d.pt", {"detector": about, "model": model.state_dict(), "origin": {}})
+    images = torch.rand(5, 1, 8, 8)
+    with torch.no_grad():
+        expected = SCORES[score](model(images), 3)
+    torch.testing.assert_close(CMGDetector.load(tmp_path / "d.pt", CPU).predict(images), expected)
 
 
 def test_the_head_is_in_fp32_under_autocast():
     """bf16 logits would have many images share a score."""
     torch.manual_seed(0)
     model = MainModel(8, 1, 11, "mnist")
-    detector = Detector(model, CONFIG)
+    detector = detector_of(model)
     images = torch.rand(64, 1, 8, 8)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        features, (scores, _) = detector.network.features(images), detector(images)
+        features = detector.encoder.network.features(images)
+        scores, _ = detector.judge(features.float())
         assert features.dtype == torch.bfloat16
     with torch.no_grad():
-        expected = SCORES["CMG-softmax"](model.classifier(features.float()), 3)
+        expected = SCORES["ood-slot"](model.classifier(features.float()), 3)
     torch.testing.assert_close(scores, expected, rtol=1e-6, atol=0)
     assert len(scores.unique()) == 64
 
@@ -77,15 +103,21 @@ def test_the_head_is_in_fp32_under_autocast():
     ],
 )
 def test_other_images_are_refused(images, found):
-    detector = Detector(MainModel(8, 1, 11, "mnist"), CONFIG)
+    detector = detector_of(MainModel(8, 1, 11, "mnist"))
     with pytest.raises(ValueError, match=rf"images are {found}, expected torch.float32 \[B, 1, 8, 8\]$"):
-        detector(images)
+        detector.predict(images)
 
 
 def test_what_is_no_detector_is_refused(tmp_path):
     save_checkpoint(tmp_path / "d.pt", MainModel(8, 1, 11, "mnist").state_dict())
-    with pytest.raises(UserError, match="is no detector; make one with: python -m eval --mode MODE --save-detector"):
-        load_detector(tmp_path / "d.pt", CPU)
+    with pytest.raises(UserError, match="is not a detector. Make one with: python -m eval --mode MODE --save-detector"):
+        CMGDetector.load(tmp_path / "d.pt", CPU)
+
+
+def test_a_detector_without_a_cvae_cannot_be_fitted(digits_classifier):
+    detector = detector_of(digits_classifier)
+    with pytest.raises(ValueError, match="this detector has no CVAE to make pseudo-OOD images with"):
+        detector.fit_features(torch.zeros(3, 128), torch.tensor([0, 1, 2]))
 
 
 @pytest.mark.parametrize(("tune", "kept"), [("head", 0), ("last-layer", 2)])
@@ -93,6 +125,7 @@ def test_eval_saves_the_head_it_reports(tmp_path, monkeypatch, capsys, tune, kep
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     task = TASKS["same_dataset_digits"]
+    experiment = Experiment.of("same_dataset_digits", task)
     classifier = build_classifier(task)
     save_checkpoint("c.pkl", classifier.state_dict())
     save_checkpoint("v.pkl", build_cvae(task).state_dict())
@@ -100,10 +133,10 @@ def test_eval_saves_the_head_it_reports(tmp_path, monkeypatch, capsys, tune, kep
     argv += ["--tune", tune, "--device", "cpu"]
     command = [*argv, "--mode", "CMG-energy", "--save-detector", "d.pt"]
     assert run_command(eval.main, eval.get_parser(), command) == 0
-    detector = load_detector("d.pt", CPU)
-    assert detector.config.classes == (0, 1, 2, 3, 4, 5) and detector.config.threshold_from == "IND test"
-    scores, _ = detector(to_float(load_ind(task, "partition1", tmp_path)[1].images))
-    assert detector.config.threshold == pytest.approx(acceptance_threshold(scores), rel=1e-5)
+    detector = CMGDetector.load(Path("d.pt"), CPU)
+    assert detector.classes == (0, 1, 2, 3, 4, 5) and detector.threshold_from == "IND test"
+    scores = detector.predict(to_float(load_ind(experiment, tmp_path)[1].images))
+    assert detector.threshold == pytest.approx(acceptance_threshold(scores), rel=1e-5)
     before, after = classifier.state_dict(), detector.model.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     head = ["classifier.fc1.weight", "classifier.fc1.bias", "classifier.fc2.weight", "classifier.fc2.bias"]

@@ -22,12 +22,12 @@ import numpy as np
 import pytest
 import torchvision.datasets
 
+from cli.errors import UserError, run_command
 from datasets import archives, download, obtain
 from datasets.archives import FetchError, confirmation, digest, fetch, inner_folder, unpack
 from datasets.obtain import is_present, read_source, verify
 from datasets.sources import SOURCES, Download, Source, find_source
 from tests.tiny_data import write_cifar10, write_folder, write_mnist, write_svhn
-from utils import UserError, run_command
 
 COUNT = 12
 
@@ -216,6 +216,31 @@ def test_fetch_ends_when_the_server_refuses_every_range(server, tmp_path):
         fetch(f"{server.address}/a", tmp_path / "a.part", 100, "a")
 
 
+@pytest.mark.parametrize("account", ["", "me:secret@"])
+def test_a_proxy_that_does_not_answer_is_named(tmp_path, monkeypatch, account):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        proxy = f"127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setenv("http_proxy", f"http://{account}{proxy}")
+    monkeypatch.setattr("urllib.request._opener", None)  # which has read the environment before
+    monkeypatch.setenv("no_proxy", "here.example")
+    shown = proxy if account else f"http://{proxy}"
+    with pytest.raises(FetchError) as failure:
+        fetch("http://there.example/a", tmp_path / "a.part", 100, "a")
+    assert str(failure.value).startswith(f"there.example cannot be reached by the proxy {shown} of http_proxy: ")
+    assert "refused" in str(failure.value) and archives.by_proxy("http://here.example/a") == ""
+
+
+def test_a_proxy_that_hangs_up_is_named(tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{listening.getsockname()[1]}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.setattr("urllib.request._opener", None)
+        monkeypatch.setattr(archives, "TIMEOUT", 0.2)
+        with pytest.raises(FetchError, match=r"by the proxy http://127\.0\.0\.1:\d+ of http_proxy: timed out"):
+            fetch("http://there.example/a", tmp_path / "a.part", 100, "a")
+
+
 def test_fetch_without_a_network(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -283,8 +308,8 @@ def test_unpack_tar_and_zip_alike(tmp_path):
         (tar_of((member("big"), b"x" * 1001)), r"more than the 3 files and 1,000 bytes expected at most \(at 'big'\)"),
         (tar_of(*((member(f"f{i}"), b"") for i in range(4))), r"more than the 3 files .* \(at 'f3'\)"),
         (tar_of((member("x"), b"1"), (member("x"), b"2")), "holds 'x' twice"),
-        (b"no archive at all", "is no tar or zip archive or is damaged"),
-        (tar_of((member("x"), b"1" * 500))[:-20], "is no tar or zip archive or is damaged"),
+        (b"no archive at all", "is not a tar or zip archive, or is damaged"),
+        (tar_of((member("x"), b"1" * 500))[:-20], "is not a tar or zip archive, or is damaged"),
     ],
     ids=[
         "parent",
@@ -407,7 +432,7 @@ def test_a_refused_import_keeps_what_a_transfer_brought(server, tiny, tmp_path):
     with pytest.raises(UserError, match="broke off"):
         obtain.obtain("LSUN-FIX", data)
     (tmp_path / "bad.tar.gz").write_bytes(b"no archive")
-    with pytest.raises(UserError, match=r"bad\.tar\.gz: is no tar or zip archive"):
+    with pytest.raises(UserError, match=r"bad\.tar\.gz: is not a tar or zip archive"):
         obtain.obtain("LSUN-FIX", data, given=tmp_path / "bad.tar.gz")
     assert leftovers(data) == ["LSUN_fix.part"] and (data / "LSUN_fix.part").stat().st_size == 300
 
@@ -424,7 +449,7 @@ def test_wrong_checksum_keeps_nothing(server, tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda folder: (folder / "image_00003.png").unlink(), "what came: 11 test images, expected 12"),
+        (lambda folder: (folder / "image_00003.png").unlink(), "the file received: 11 test images, expected 12"),
         (
             lambda folder: (folder / "image_00003.png").write_bytes(b"\x89PNG"),
             r"LSUN-FIX: LSUN_fix/image_00003\.png: cannot be decoded",
@@ -502,7 +527,7 @@ def test_one_failure_of_several_does_not_stop_the_others(server, tiny, tmp_path,
     monkeypatch.setitem(SOURCES, "ImageNet-FIX", replace(tiny, downloads=(gone,)))
     assert run("ImageNet-FIX", "LSUN-FIX", "--data-dir", tmp_path / "data") == 2
     streams = capsys.readouterr()
-    assert "1 of 2 could not be had: ImageNet-FIX" in streams.err and "/gone answers 404" in streams.err
+    assert "1 of 2 could not be obtained: ImageNet-FIX" in streams.err and "/gone answers 404" in streams.err
     assert "LSUN-FIX: complete" in streams.out
 
 
@@ -604,7 +629,7 @@ def test_import_of_cifar_svhn_and_mnist(tmp_path, monkeypatch):
         ("mnist", "empty", r"there is no train-images-idx3-ubyte\.gz or train-images-idx3-ubyte of mnist"),
         ("mnist", "file.tar.gz", r"there is no train-images-idx3-ubyte\.gz"),
         ("LSUN", "file.tar.gz", r"is not the published file of LSUN \(MD5 [0-9a-f]{32}, expected 278b7b31c8cb7e80"),
-        ("LSUN-FIX", "file.tar.gz", "is no tar or zip archive or is damaged"),
+        ("LSUN-FIX", "file.tar.gz", "is not a tar or zip archive, or is damaged"),
         ("LSUN", "nowhere", "no such file or folder"),
     ],
 )

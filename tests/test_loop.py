@@ -21,17 +21,21 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import train
+from cli.errors import run_command
+from cli.files import replacing
 from datasets.datasetsHelper import Images
-from datasets.tasks import TASKS, default_checkpoint
+from datasets.tasks import TASKS, Experiment
 from tests import children
+from tests.children import finish
 from training.checkpoints import save_network
-from training.loop import LoopConfig, Recorder, RunState, fit, warmup_schedule
-from training.processes import Processes
+from training.config import LoopConfig
+from training.loop import Recorder, RunState, fit, warmup_schedule
+from training.processes import Processes, joined_processes
 from training.runs import remove_leftovers
 from training.stages import STAGES
 from training.train_classifier import ClassifierObjective
 from training.train_cvae import collapse_remark
-from utils import derive_seed, generator, load_checkpoint, replacing, run_command
+from utils import derive_seed, generator, load_checkpoint
 
 CPU = Processes(torch.device("cpu"))
 STEPS = 12  # of an epoch of digits: 722 images in batches of 64
@@ -203,7 +207,9 @@ def test_a_damaged_state_is_left_for_restart(tiny, capsys):
     Path("net.pkl.resume").write_bytes(b"half a state")
     assert tiny(epochs=1) == 2
     error = capsys.readouterr().err
-    assert error.startswith("train: error: net.pkl.resume: is no checkpoint or is damaged; expected a dict of tensors")
+    assert error.startswith(
+        "train: error: net.pkl.resume: is not a checkpoint or is damaged; expected a dict of tensors"
+    )
     assert error.endswith(". Start over with --restart\n") and error.count("\n") == 1
     assert tiny("--restart", epochs=1) == 0
 
@@ -226,7 +232,7 @@ def test_a_complete_run_is_not_repeated_and_another_is_not_overwritten(tiny, cap
     tiny(epochs=1)
     before = Path("net.pkl").read_bytes()
     assert tiny(epochs=1, stop={0: math.nan}) == 0  # not a single step
-    assert "net.pkl is complete already; --restart" in capsys.readouterr().out
+    assert "net.pkl is already complete; --restart" in capsys.readouterr().out
     assert tiny(epochs=2) == 2
     assert "epochs was 1, is 2" in capsys.readouterr().err
     assert Path("net.pkl").read_bytes() == before
@@ -344,7 +350,7 @@ def test_tensorboard_that_is_not_installed_is_named(tiny, capsys, monkeypatch):
     assert "pip install tensorboard" in capsys.readouterr().err
 
 
-def test_tensorboard_shows_the_figures_of_the_log(tiny):
+def test_tensorboard_shows_the_metrics_of_the_log(tiny):
     tiny("--tensorboard", "board", "--log", "log.jsonl", epochs=3)
     lines = [json.loads(line) for line in Path("log.jsonl").read_text().splitlines()]
     events = EventAccumulator("board").Reload()
@@ -411,15 +417,6 @@ def shows(output: Path, word: str) -> bool:
     return output.exists() and word in output.read_text()
 
 
-def finish(processes: list, seconds: float = 120) -> list[int]:
-    for process in processes:
-        process.join(seconds)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    return codes
-
-
 def options(file: Path, epochs: int) -> list[str]:
     """Of `train`, with a state after every epoch."""
     run = ["--epochs", str(epochs), "--save-every", "1", "--params-dict-name", str(file)]
@@ -428,14 +425,14 @@ def options(file: Path, epochs: int) -> list[str]:
 
 def test_a_run_killed_at_random_moments_ends_in_the_same_network(tmp_path):
     whole, again, parts, output = (tmp_path / name for name in ("whole", "again", "parts", "output"))
-    assert finish([children.start(children.train_tiny, options(whole, 40), output=output)]) == [0]
+    assert finish([children.start(children.train_tiny, options(whole, 15), output=output)]) == [0]
     start = time.monotonic()
-    assert finish([children.start(children.train_tiny, options(again, 40), output=output)]) == [0]
+    assert finish([children.start(children.train_tiny, options(again, 15), output=output)]) == [0]
     duration = time.monotonic() - start
     kills, completed, chance = 0, 0, random.Random(0)
-    while kills < 20 or not completed:
-        process = children.start(children.train_tiny, options(parts, 40), output=output)
-        process.join(chance.uniform(0, duration) if kills < 20 else 60)
+    while kills < 8 or not completed:
+        process = children.start(children.train_tiny, options(parts, 15), output=output)
+        process.join(chance.uniform(0, duration) if kills < 8 else 60)
         process.kill()
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL), output.read_text()
@@ -445,7 +442,7 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_network(tmp_path):
             assert_same_network(parts, whole)
             parts.unlink()
             completed += 1
-    assert output.read_text().count("resuming at epoch") >= 5  # most kills fell into the training
+    assert output.read_text().count("resuming at epoch") >= 2  # most kills fell into the training
 
 
 def test_two_processes_stopped_by_sigterm_save_exit_143_and_resume(tmp_path):
@@ -472,8 +469,8 @@ def test_a_command_stopped_while_it_reads_ends_in_one_line(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     if command != "train":
         for name, stage in STAGES.items():
-            file = default_checkpoint("same_dataset_digits", "partition1", name)
-            save_network(file, stage.build(TASKS["same_dataset_digits"]), {})
+            experiment = Experiment.of("same_dataset_digits", TASKS["same_dataset_digits"])
+            save_network(experiment.checkpoint(name), stage.build(experiment.task), {})
     before, output = sorted(tmp_path.rglob("*.*")), tmp_path / "output"
     process = children.start(children.run_waiting_for_images, command, [], output=output)
     wait_for(lambda: shows(output, "reading\n"))
@@ -495,7 +492,7 @@ def test_one_failing_process_of_two_ends_both(tmp_path, moment):
             f"The last good state is kept in {parts}.resume."
         )
     else:
-        main, other = "another of the 2 processes ended: its own message says why", "this process fails"
+        main, other = "another of the 2 processes failed; see its own message", "this process fails"
     assert main_output.splitlines()[1:] == [f"train: error: {main}"]
     assert other_output.splitlines() == [f"train: error: {other}"]
     states = {path.name: load_checkpoint(path)["step"] for path in tmp_path.glob("parts*")}
@@ -511,6 +508,12 @@ def test_a_process_that_waits_for_another_can_be_stopped(tmp_path):
     time.sleep(0.3)  # torch now waits where no handler of Python's would be called
     os.kill(processes[0].pid, signal.SIGTERM)
     assert finish(processes, 10) == [-signal.SIGTERM, 0]
+
+
+def test_one_who_joins_computes_with_a_tuned_processor():
+    torch.set_flush_denormal(False)
+    with joined_processes("cpu") as processes:
+        assert (torch.tensor([1e-30]) * 1e-10).item() == 0 and processes.world == 1
 
 
 @pytest.mark.parametrize("count", [8, 13, 17], ids=["one batch", "unequal shares", "one image in the last batch"])

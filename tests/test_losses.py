@@ -10,8 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from training.losses import cross_entropy, energy_loss, order_statistic, softmax_loss
+from cmg.config import FineTuneConfig
+from cmg.losses import Margins, cross_entropy, energy_loss, find_margins, order_statistic, softmax_loss
 from training.train_cvae import CVAEObjective, kl_divergence
+
+
+def config_with(**options: object) -> FineTuneConfig:
+    """Two IND classes, unless told otherwise."""
+    return FineTuneConfig(**{"num_ind": 2, "sigma": 3.0} | options)
 
 
 def test_cross_entropy_by_hand():
@@ -27,30 +33,39 @@ def test_softmax_loss_by_hand():
     ind, labels = torch.zeros(1, 4), torch.tensor([1])
     pseudo = torch.tensor([[0.0, math.log(2), math.log(5), 9.0]])
     expected = math.log(4) + math.log(8 / 5)
-    assert softmax_loss(ind, labels, pseudo, num_ind=2).item() == pytest.approx(expected, rel=1e-6)
+    assert softmax_loss(ind, labels, pseudo, None, config_with()).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_energy_loss_by_hand():
     # E = -log 4 for logits 0, 0, 0, 0 and -log 8 for log 2 four times.
     ind, labels = torch.stack([torch.zeros(4), torch.full((4,), math.log(2))]), torch.tensor([0, 3])
     pseudo = torch.stack([torch.full((4,), math.log(2)), torch.zeros(4)])
-    m_in, m_out = torch.tensor(-math.log(6)), torch.tensor(-math.log(5))
+    margins = Margins(torch.tensor(-math.log(6)), torch.tensor(-math.log(5)))
     # IND energies above m_in: -log 4 by log(6/4). Pseudo-OOD energies below m_out: -log 8 by log(8/5).
     expected = math.log(4) + 0.1 * (math.log(6 / 4) ** 2 / 2 + math.log(8 / 5) ** 2 / 2)
-    assert energy_loss(ind, labels, pseudo, m_in, m_out, mu=0.1).item() == pytest.approx(expected, rel=1e-6)
+    assert energy_loss(ind, labels, pseudo, margins, config_with(mu=0.1)).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_energy_loss_counts_every_logit():
     ind, pseudo, labels = torch.zeros(1, 4), torch.zeros(1, 4), torch.tensor([0])
-    m_in, m_out = torch.tensor(-10.0), torch.tensor(10.0)
+    margins = Margins(torch.tensor(-10.0), torch.tensor(10.0))
     pseudo[0, 3] = math.log(5)  # a spare logit: E = -log 8 instead of -log 4
     expected = math.log(4) + (10 - math.log(4)) ** 2 + (10 + math.log(8)) ** 2
-    assert energy_loss(ind, labels, pseudo, m_in, m_out, mu=1.0).item() == pytest.approx(expected, rel=1e-6)
+    assert energy_loss(ind, labels, pseudo, margins, config_with(mu=1.0)).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_energy_loss_over_the_ind_logits_by_hand():
+    ind, pseudo, labels = torch.zeros(1, 4), torch.zeros(1, 4), torch.tensor([0])
+    margins = Margins(torch.tensor(-10.0), torch.tensor(10.0))
+    expected = math.log(4) + (10 - math.log(2)) ** 2 + (10 + math.log(2)) ** 2  # E = -log 2, of two logits
+    loss = energy_loss(ind, labels, pseudo, margins, config_with(mu=1.0, loss_energy="ind"))
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_energy_loss_costs_nothing_beyond_the_margins():
     ind, pseudo, labels = torch.full((3, 4), 2.0), torch.full((3, 4), -2.0), torch.tensor([0, 1, 2])
-    loss = energy_loss(ind, labels, pseudo, torch.tensor(-3.0), torch.tensor(0.0), mu=7.0)
+    margins = Margins(torch.tensor(-3.0), torch.tensor(0.0))
+    loss = energy_loss(ind, labels, pseudo, margins, config_with(mu=7.0))
     assert loss.item() == pytest.approx(math.log(4), rel=1e-6)
 
 
@@ -61,8 +76,8 @@ def test_stacked_heads_give_the_losses_of_each(seed, heads, batch):
     ind, pseudo = 3 * torch.randn(2, heads, batch, 11, generator=draw)
     labels = torch.randint(6, (heads, batch), generator=draw)
     m_in, m_out = torch.randn(2, heads, generator=draw)
-    energies = energy_loss(ind, labels, pseudo, m_in, m_out, mu=0.1)
-    softmaxes = softmax_loss(ind, labels, pseudo, num_ind=6)
+    energies = energy_loss(ind, labels, pseudo, Margins(m_in, m_out), config_with(num_ind=6))
+    softmaxes = softmax_loss(ind, labels, pseudo, None, config_with(num_ind=6))
     assert energies.shape == softmaxes.shape == (heads,)
     for k in range(heads):
         excess = (
@@ -84,6 +99,21 @@ def test_stacked_heads_give_the_losses_of_each(seed, heads, batch):
 def test_order_statistics_of_ten_values(quantile, expected):
     values = torch.tensor([15, 10, 19, 11, 18, 12, 17, 13, 16, 14], dtype=torch.float32)
     assert order_statistic(values, quantile).item() == expected
+
+
+def test_margins_by_hand():
+    """Of energies -log 4, -log 8, … of four equal logits."""
+    ind = torch.arange(5.0)[:, None].expand(5, 4)  # E = -log 4 - 0 … 4
+    pseudo = 10 + torch.arange(10.0)[:, None].expand(10, 4)
+    margins = find_margins(ind, pseudo, config_with(margins=(0.2, 0.8)))
+    # Ascending: number 1 of -4 … 0 and number 8 of -19 … -10.
+    assert margins.m_in.item() == pytest.approx(-3 - math.log(4)) and margins.m_out.item() == pytest.approx(
+        -11 - math.log(4)
+    )
+    of_ind = find_margins(ind, pseudo, config_with(margins=(0.0, 0.0), loss_energy="ind"))
+    assert of_ind.m_in.item() == pytest.approx(-4 - math.log(2)) and of_ind.m_out.item() == pytest.approx(
+        -19 - math.log(2)
+    )
 
 
 @settings(max_examples=50, deadline=None)

@@ -7,13 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import auc as area
-from sklearn.metrics import precision_recall_curve, roc_auc_score, roc_curve
+from sklearn.metrics import roc_auc_score, roc_curve
 
+from cli.errors import UserError
 from evaluation.metrics import accuracy, auroc, detection_metrics, expected_calibration_error
-from evaluation.report import cells, mean_and_sd, means, summarise
+from evaluation.report import aggregate, cells, mean_and_sd, means
 
 scores = st.lists(st.integers(0, 12).map(float), min_size=2, max_size=30)  # few values, so many ties
 
@@ -46,7 +46,6 @@ def test_fpr95_by_hand():
 @settings(max_examples=60, deadline=None)
 @given(ind=scores, ood=scores)
 def test_detection_metrics_equal_scikit_learn(ind, ood):
-    assume(len(set(ind + ood)) > 1)
     labels = np.r_[np.zeros(len(ind)), np.ones(len(ood))]
     values = np.r_[ind, ood]
     figures = detection_metrics(torch.tensor(ind), torch.tensor(ood))
@@ -54,18 +53,41 @@ def test_detection_metrics_equal_scikit_learn(ind, ood):
     assert figures["auroc"] == pytest.approx(roc_auc_score(labels, values), abs=1e-6)
     assert figures["fpr95"] == pytest.approx(false_positives[true_positives >= 0.95 - 1e-9].min(), abs=1e-6)
     for name, positive, score in (("aupr_out", labels, values), ("aupr_in", 1 - labels, -values)):
-        precision, recall, _ = precision_recall_curve(positive, score)
-        assert figures[name] == pytest.approx(area(recall, precision), abs=1e-5)
+        assert figures[name] == pytest.approx(average_precision(positive, score), abs=1e-9)
 
 
 def test_aupr_of_separated_scores_and_its_two_directions():
     figures = detection_metrics(torch.tensor([0.0, 0.1, 0.2, 0.3]), torch.tensor([0.9]))
     assert figures == {"auroc": 1.0, "fpr95": 0.0, "aupr_out": 1.0, "aupr_in": 1.0}
     swapped = detection_metrics(torch.tensor([0.9]), torch.tensor([0.0, 0.1, 0.2, 0.3]))
-    # The IND image ranks last among the IND-most: precision 1/5 at recall 1, 0 before. The OOD images rank after it:
-    # precision 0, 1/2, 2/3, 3/4, 4/5 at recall 0, 1/4, 1/2, 3/4, 1. Trapezoids in between.
-    assert swapped["aupr_in"] == pytest.approx(0.1)
-    assert swapped["aupr_out"] == pytest.approx((0 / 2 + 1 / 2 + 2 / 3 + 3 / 4 + 4 / 5 / 2) / 4)
+    # The IND image ranks last among the IND-most: precision 1/5 where it is found. The OOD images rank after it:
+    # precision 1/2, 2/3, 3/4, 4/5 where each is found.
+    assert swapped["aupr_in"] == pytest.approx(1 / 5)
+    assert swapped["aupr_out"] == pytest.approx((1 / 2 + 2 / 3 + 3 / 4 + 4 / 5) / 4)
+
+
+def average_precision(positive: np.ndarray, scores: np.ndarray) -> float:
+    """Over the distinct scores from the largest, the precision down to there times the share of positives at it."""
+    total = 0.0
+    for score in set(scores):
+        found, at = scores >= score, scores == score
+        total += positive[found].mean() * positive[at].sum() / positive.sum()
+    return total
+
+
+def test_a_constant_score_finds_as_many_as_there_are():
+    figures = detection_metrics(torch.zeros(4), torch.zeros(2))
+    expected = {"auroc": 0.5, "fpr95": 1.0, "aupr_out": 1 / 3, "aupr_in": 2 / 3}
+    assert figures == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_scores_that_are_not_finite_have_no_figures(bad):
+    for figure in (auroc, detection_metrics):
+        with pytest.raises(
+            UserError, match="^1 of 5 scores are not finite: the network's values grow too large; train"
+        ):
+            figure(torch.tensor([0.0, bad]), torch.zeros(3))
 
 
 # --- classification -----------------------------------------------------------------------------
@@ -116,7 +138,7 @@ def test_mean_and_sample_deviation_in_per_cent():
 
 def test_seeds_of_a_group_become_one_line():
     rows = [{"method": m, "seed": s, "auroc": a} for m, s, a in [("x", 1, 0.1), ("y", 1, 0.4), ("x", 2, 0.3)]]
-    found = summarise(rows, ["method"], ["auroc", "ece"])
+    found = aggregate(rows, ["method"], ["auroc", "ece"])
     assert found[0] == {"method": "x", "auroc": {"mean": 0.2, "sd": pytest.approx(0.02**0.5), "n": 2}}
     assert found[1] == {"method": "y", "auroc": {"mean": 0.4, "sd": 0.0, "n": 1}}
     assert cells(found, ["method"], ["auroc", "ece"]) == [["x", "20.00 ± 14.14", "-"], ["y", "40.00", "-"]]

@@ -8,10 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from cmg.config import FineTuneConfig
+from cmg.mixing import mix_embeddings
+from cmg.pseudo_ood import Codes, decode, draw_codes
 from models.inference import for_inference
 from models.layers import NineConvolutions, ResidualBlock
 from models.main_model import MainModel
-from models.vae import Codes, ConditionalVAE, PlainEncoder, decode_pseudo_ood, draw_codes, mix_embeddings
+from models.vae import ConditionalVAE, PlainEncoder
 
 # --- tables: state-dict name -> shape -----------------------------------------------------------
 
@@ -192,22 +195,6 @@ def test_another_image_size_is_refused():
         PlainEncoder(1, 10)
 
 
-@pytest.mark.parametrize(("size", "channels"), [(4, 1), (8, 3), (12, 1), (28, 1)])
-def test_encoder_equals_its_layers_one_after_the_other(size, channels):
-    torch.manual_seed(size)
-    encoder = PlainEncoder(channels, size).double()
-    layers = torch.nn.Sequential(encoder.conv1, torch.nn.ReLU(), encoder.conv2, torch.nn.ReLU())
-    images = torch.rand(3, channels, size, size, dtype=torch.float64, requires_grad=True)
-    weights = torch.randn(3, 128, size, size, dtype=torch.float64)
-    leaves = [images, *encoder.parameters()]
-    found, expected = encoder(images), layers(images)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    assert 0 < (expected == 0).double().mean() < 1  # both sides of the ReLU
-    gradients = [torch.autograd.grad((outputs * weights).sum(), leaves) for outputs in (found, expected)]
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
-
-
 def test_latent_is_mean_plus_noise_times_standard_deviation(digits_cvae):
     images, labels, noise = torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 2]), torch.randn(3, 32)
     reconstruction, mean, logvar = digits_cvae(images, labels, noise)
@@ -228,11 +215,15 @@ def test_skip_of_the_residual_block_carries_relu_of_its_input():
 # --- class mixing -------------------------------------------------------------------------------
 
 
+def config_of(num_ind: int) -> FineTuneConfig:
+    return FineTuneConfig(num_ind=num_ind, sigma=3.0)
+
+
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 40), num_ind=st.integers(1, 10))
 def test_mixing_takes_each_dimension_from_one_of_the_two_embeddings(seed, count, num_ind):
     draw = torch.Generator().manual_seed(seed)
-    codes = draw_codes(count, num_ind, 32, draw)
+    codes = draw_codes(count, 32, config_of(num_ind), draw)
     embeddings = torch.randn(num_ind, 32, generator=draw)
     mixed = mix_embeddings(embeddings[codes.first], embeddings[codes.second], codes.weight)
     assert torch.equal(mixed, torch.where(codes.weight.bool(), embeddings[codes.first], embeddings[codes.second]))
@@ -240,7 +231,7 @@ def test_mixing_takes_each_dimension_from_one_of_the_two_embeddings(seed, count,
 
 
 def test_codes_are_uniform_independent_and_fair():
-    codes = draw_codes(36_000, 6, 32, torch.Generator().manual_seed(0))
+    codes = draw_codes(36_000, 32, config_of(6), torch.Generator().manual_seed(0))
     pairs = torch.bincount(6 * codes.first + codes.second, minlength=36)  # 1,000 expected of each, sd 31
     assert pairs.min() > 850 and pairs.max() < 1150
     assert set(codes.weight.unique().tolist()) == {0.0, 1.0}
@@ -251,15 +242,15 @@ def test_codes_are_uniform_independent_and_fair():
 
 
 def test_image_n_depends_on_row_n_alone(digits_cvae):
-    codes = draw_codes(10, 6, 32, torch.Generator().manual_seed(3))
+    codes = draw_codes(10, 32, config_of(6), torch.Generator().manual_seed(3))
     with torch.no_grad():
-        together = decode_pseudo_ood(digits_cvae, codes, 3.0)
-        in_parts = torch.cat([decode_pseudo_ood(digits_cvae, codes.rows(i, i + 3), 3.0) for i in range(0, 10, 3)])
+        together = decode(digits_cvae, codes, 3.0)
+        in_parts = torch.cat([decode(digits_cvae, codes.rows(i, i + 3), 3.0) for i in range(0, 10, 3)])
     torch.testing.assert_close(together, in_parts, atol=1e-6, rtol=0)
 
 
 def test_pseudo_ood_images_equal_a_plain_restatement(digits_cvae):
-    codes = draw_codes(5, 6, 32, torch.Generator().manual_seed(4))
+    codes = draw_codes(5, 32, config_of(6), torch.Generator().manual_seed(4))
     weight, bias = digits_cvae.class_embed.weight, digits_cvae.class_embed.bias
     images = []
     for n in range(5):
@@ -268,11 +259,11 @@ def test_pseudo_ood_images_equal_a_plain_restatement(digits_cvae):
         hidden = F.relu(digits_cvae.fromZ(torch.cat([3.0 * codes.noise[n], mixed])))
         small = digits_cvae.fcD(hidden).view(1, 128, 2, 2)
         images.append(digits_cvae.convD.deconv2(F.relu(digits_cvae.convD.deconv1(small))).sigmoid()[0])
-    torch.testing.assert_close(decode_pseudo_ood(digits_cvae, codes, 3.0), torch.stack(images))
+    torch.testing.assert_close(decode(digits_cvae, codes, 3.0), torch.stack(images))
 
 
 def test_codes_move_and_slice_as_one():
-    codes = draw_codes(7, 6, 4, torch.Generator().manual_seed(0))
+    codes = draw_codes(7, 4, config_of(6), torch.Generator().manual_seed(0))
     part = codes.rows(2, 5).to(torch.device("cpu"))
     assert all(torch.equal(a, b[2:5]) for a, b in zip(part, codes, strict=True)) and isinstance(part, Codes)
 
@@ -283,7 +274,7 @@ def test_networks_for_inference_compute_the_same(dataset):
     channels, size = (1, 28) if dataset == "mnist" else (3, 32)
     classifier, vae = MainModel(size, channels, 11, dataset), ConditionalVAE(8, channels, size, 6, dataset)
     images = torch.rand(4, channels, size, size, generator=random)
-    codes = draw_codes(4, 6, 8, random)
+    codes = draw_codes(4, 8, config_of(6), random)
     for network in (classifier, vae):
         for layer in network.modules():
             if isinstance(layer, torch.nn.BatchNorm2d):  # statistics and weights as after training
@@ -301,5 +292,5 @@ def test_networks_for_inference_compute_the_same(dataset):
     with torch.no_grad():
         expected = classifier.eval()(images)
         torch.testing.assert_close(quick(images), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
-        expected = decode_pseudo_ood(vae.eval(), codes, 3.0)
-        torch.testing.assert_close(decode_pseudo_ood(quick_vae, codes, 3.0), expected, rtol=0, atol=1e-4)
+        expected = decode(vae.eval(), codes, 3.0)
+        torch.testing.assert_close(decode(quick_vae, codes, 3.0), expected, rtol=0, atol=1e-4)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cli.errors import UserError
 from evaluation.page import Code, Facts, Heading, Picture, Table, Text, anchor, is_number, page_html, write_page
-from utils import UserError
 
 PNG = b"\x89PNG\r\n\x1a\n and so on"
 SVG = b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>'

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +12,10 @@ from PIL import Image
 from sklearn.metrics import auc as area
 from sklearn.metrics import roc_auc_score
 
-from evaluation import plots
-from utils import UserError
+from cli.errors import UserError
+from cmg.scores import SCORES
+from evaluation import figure_style, plots
+from tests import children
 
 
 def lines_of(figure) -> dict[str, np.ndarray]:
@@ -59,7 +59,7 @@ def test_the_grid_is_in_the_file_pixel_by_pixel(tmp_path):
         "pseudo-OOD": torch.rand(3, 3, 28, 28),
     }
     figure = plots.sample_grid(kinds)
-    plots.save_figure(figure, tmp_path / "new" / "grid.png")
+    figure_style.save_figure(figure, tmp_path / "new" / "grid.png")
     picture = np.asarray(Image.open(tmp_path / "new" / "grid.png").convert("RGB"))
     first, second = (plots.tile(images) for images in kinds.values())
     assert picture.shape == (2 * 56 + 196 + 84 + 8, 2 * 8 + 1196, 3)
@@ -76,20 +76,20 @@ def test_a_figure_gives_the_same_file_every_time_whatever_the_users_settings():
     import matplotlib
 
     def draw() -> bytes:
-        return plots.figure_bytes(plots.roc_curves({"MSP": ([0.0, 1.0], [0.5, 2.0])}))
+        return figure_style.figure_bytes(plots.roc_curves({"MSP": ([0.0, 1.0], [0.5, 2.0])}))
 
     plain = draw()
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "lines.linewidth": 9}):
         assert draw() == plain and matplotlib.rcParams["font.size"] == 30
     assert b"<svg" in plain[:1000] and b"<image" not in plain
-    assert plots.figure_bytes(plots.sweep({"CMG-energy": {1: [0.9]}}, "σ"), "png").startswith(b"\x89PNG\r\n")
+    assert figure_style.figure_bytes(plots.sweep({"CMG-energy": {1: [0.9]}}, "σ"), "png").startswith(b"\x89PNG\r\n")
 
 
 def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     figure = plots.sweep({"CMG-energy": {1: [0.9]}}, "σ")
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(UserError, match="cannot write .*file/a.png: "):
-        plots.save_figure(figure, tmp_path / "file" / "a.png")
+        figure_style.save_figure(figure, tmp_path / "file" / "a.png")
     (tmp_path / "old.png").write_bytes(b"old")
 
     def full(self: Path, content: bytes) -> None:
@@ -97,14 +97,18 @@ def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(UserError, match="No space left on device"):
-        plots.save_figure(figure, tmp_path / "old.png")
+        figure_style.save_figure(figure, tmp_path / "old.png")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "old.png"]
     assert (tmp_path / "old.png").read_bytes() == b"old"
 
 
-def test_matplotlib_is_imported_only_to_draw():
-    code = "import sys, evaluation.plots; sys.exit(any(name.startswith('matplotlib') for name in sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+def test_matplotlib_is_imported_only_to_draw(tmp_path):
+    processes = [
+        children.start(children.import_without_matplotlib, name, output=tmp_path / name)
+        for name in ("cmg.evaluate", "evaluation.plots")
+    ]
+    assert children.finish(processes) == [0, 1], (tmp_path / "cmg.evaluate").read_text()
+    assert "No module named 'matplotlib" in (tmp_path / "evaluation.plots").read_text()
 
 
 # --- scores -------------------------------------------------------------------------------------
@@ -119,7 +123,9 @@ def test_histograms_hold_every_score_once_and_name_the_auroc():
     draw = torch.Generator().manual_seed(0)
     ind, pseudo, ood = (torch.randn(n, generator=draw) * 2 + shift for n, shift in ((400, -9), (200, -4), (100, -3)))
     ind[0] = -1e6  # far beyond the axis
-    figure = plots.score_histograms("CMG-energy", {"IND test": ind, "pseudo-OOD": pseudo, "SVHN": ood}, (-8.5, -3.5))
+    figure = plots.score_histograms(
+        "CMG-energy", {"IND test": ind, "pseudo-OOD": pseudo, "SVHN": ood}, "energy-ind", (-8.5, -3.5)
+    )
     shares = stairs_of(figure)
     assert [share.sum() for share in shares] == pytest.approx([100, 100, 100]) and len(shares[0]) == 40
     assert legend_of(figure) == [
@@ -137,25 +143,36 @@ def test_histograms_hold_every_score_once_and_name_the_auroc():
     assert lines_of(figure)[r"$m_\mathrm{out}$"][:, 0].tolist() == [-3.5, -3.5]
     assert figure.axes[0].get_xlabel() == "CMG-energy score: −logsumexp of the IND logits\nlarger: more likely OOD"
     note = figure.get_supxlabel()
-    assert (
-        "They are energies over all logits, the score is over the IND logits." in note
-        and "hold what lies beyond" in note
-    )
+    assert "They are energies: −logsumexp of all logits." in note and "hold what lies beyond" in note
 
 
 @pytest.mark.parametrize(
     ("loss", "score", "xlabel", "remark"),
     [
-        ("all", "ind", "the IND logits", " They are energies over all logits, the score is over the IND logits."),
-        ("ind", "all", "all logits", " They are energies over the IND logits, the score is over all logits."),
-        ("ind", "ind", "the IND logits", ""),
-        ("all", "all", "all logits", ""),
+        ("all", "energy-ind", "the IND logits", " They are energies: −logsumexp of all logits."),
+        ("ind", "energy-all", "all logits", " They are energies: −logsumexp of the IND logits."),
+        ("ind", "energy-ind", "the IND logits", ""),
+        ("all", "energy-all", "all logits", ""),
     ],
 )
 def test_that_margins_and_score_differ_is_said_where_they_do(loss, score, xlabel, remark):
-    figure = plots.score_histograms("CMG-energy", {"IND": [-9.0, -8.0], "OOD": [-3.0]}, (-8.5, -3.5), loss, score)
+    figure = plots.score_histograms("CMG-energy", {"IND": [-9.0, -8.0], "OOD": [-3.0]}, score, (-8.5, -3.5), loss)
     assert figure.axes[0].get_xlabel() == f"CMG-energy score: −logsumexp of {xlabel}\nlarger: more likely OOD"
     assert figure.get_supxlabel().splitlines()[0] == plots.MARGINS_NOTE + remark
+
+
+def test_margins_are_drawn_on_a_scale_of_energies_only():
+    scores = {"IND": [0.2, 0.5], "OOD": [0.5, 0.9]}
+    figure = plots.score_histograms("CMG-energy", scores, "ood-slot", (-8.5, -3.5))
+    plain = plots.score_histograms("CMG-energy", scores, "ood-slot")
+    assert lines_of(figure) == {} and figure.get_supxlabel() == plain.get_supxlabel()
+    assert figure.axes[0].get_xlim() == plain.axes[0].get_xlim()
+
+
+def test_every_score_has_its_words_and_a_new_one_its_name():
+    assert set(plots.SCORE_NAMES) <= set(SCORES)
+    figure = plots.score_histograms("CMG-energy", {"IND": [1.0, 2.0], "OOD": [3.0]}, "my-score")
+    assert figure.axes[0].get_xlabel() == "CMG-energy score: my-score\nlarger: more likely OOD"
 
 
 def auroc_of(ind, ood) -> float:
@@ -163,15 +180,15 @@ def auroc_of(ind, ood) -> float:
 
 
 def test_histograms_reach_to_the_margins_and_beyond_nothing():
-    figure = plots.score_histograms("energy", {"IND": [0.5, 1.5], "OOD": [2.0, 3.0]}, (7.0, -5.0))
+    figure = plots.score_histograms("energy", {"IND": [0.5, 1.5], "OOD": [2.0, 3.0]}, "energy-all", (7.0, -5.0))
     assert figure.axes[0].get_xlim() == (-5, 7) and "beyond" not in figure.get_supxlabel()
-    figure = plots.score_histograms("energy", {"IND": [3.0, 3.0], "OOD": [3.0]})
+    figure = plots.score_histograms("energy", {"IND": [3.0, 3.0], "OOD": [3.0]}, "energy-all")
     assert figure.axes[0].get_xlim() == (2.5, 3.5) and figure.get_supxlabel() == ""
     assert [share.sum() for share in stairs_of(figure)] == [100, 100]
 
 
 def test_probabilities_are_drawn_as_log_odds():
-    figure = plots.score_histograms("CMG-softmax", {"IND": [0.0, 0.25, 0.5], "OOD": [0.5, 0.75, 1.0]})
+    figure = plots.score_histograms("CMG-softmax", {"IND": [0.0, 0.25, 0.5], "OOD": [0.5, 0.75, 1.0]}, "ood-slot")
     xlabel = figure.axes[0].get_xlabel().splitlines()[0]
     assert xlabel == "CMG-softmax score: probability of the OOD slot, as log-odds"
     assert figure.axes[0].get_xlim()[0] == pytest.approx(np.log(1e-16), rel=0.01)
@@ -181,16 +198,16 @@ def test_probabilities_are_drawn_as_log_odds():
 
 
 def test_names_are_drawn_as_they_are_and_a_fourth_kind_is_refused():
-    figure = plots.score_histograms("MSP", {"IND": [0.0, 2.0], r"$\bad$ folder": [1.0]})
-    assert plots.figure_bytes(figure).startswith(b"<?xml")
+    figure = plots.score_histograms("MSP", {"IND": [0.0, 2.0], r"$\bad$ folder": [1.0]}, "msp-ind")
+    assert figure_style.figure_bytes(figure).startswith(b"<?xml")
     with pytest.raises(ValueError, match="zip"):
-        plots.score_histograms("MSP", dict.fromkeys("abcd", [0.0, 1.0]))
+        plots.score_histograms("MSP", dict.fromkeys("abcd", [0.0, 1.0]), "msp-ind")
 
 
 @pytest.mark.parametrize(("values", "fault"), [([], "none"), ([1.0, float("nan")], "not all finite")])
 def test_scores_that_cannot_be_drawn_are_refused(values, fault):
     with pytest.raises(ValueError, match=f"the scores of OOD are {fault}"):
-        plots.score_histograms("energy", {"IND": [1.0], "OOD": values})
+        plots.score_histograms("energy", {"IND": [1.0], "OOD": values}, "energy-all")
     with pytest.raises(ValueError, match=f"the scores of MSP are {fault}"):
         plots.roc_curves({"MSP": ([1.0], values)})
 
@@ -225,7 +242,7 @@ def test_a_crowd_of_detectors_is_grey_and_its_best_is_named():
         f"the remaining 4\nAUROC {aurocs['d']:.2f} to {aurocs['e']:.2f} %",
     ]
     colours = [to_hex(line.get_color()) for line in figure.axes[0].lines[1:]]
-    assert colours == ["#0072b2", "#d55e00", plots.INK, *[plots.LIGHT] * 4]
+    assert colours == ["#0072b2", "#d55e00", figure_style.INK, *[plots.LIGHT] * 4]
 
 
 # --- AUROC over steps and options ---------------------------------------------------------------
@@ -259,7 +276,7 @@ def test_curves_over_steps_and_their_points():
         "CMG-softmax, seed 1: last": [[20, 65]],
     }
     assert [y for _, y in lines["MSP"]] == [85, 85]
-    assert texts_of(figure) == ["CMG-energy\nlast 82.00 ± 2.83", "CMG-softmax\nlast 65.00", "MSP, untouched\n85.00"]
+    assert texts_of(figure) == ["CMG-energy\nlast 82.00 ± 2.83", "CMG-softmax\nlast 65.00", "MSP, pretrained\n85.00"]
     assert legend_of(figure) == ["max (selected on test images)", "validated (selected without them)", "last"]
     assert figure.axes[0].get_ylabel() == "AUROC on SVHN, %" and figure.axes[0].get_ylim()[1] < 100
 
@@ -286,13 +303,13 @@ def test_a_sweep_shows_mean_and_deviation_and_the_methods_own_value():
     assert lines["the method"][:, 0].tolist() == [3, 3] and lines["energy"][:, 1].tolist() == [93, 93]
     assert (axes.get_xscale(), axes.get_xlabel()) == ("log", "σ of the latents")  # tenfold and more
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0.5", "3", "10"]
-    assert texts_of(figure) == ["the method", "CMG-energy", "CMG-softmax", "energy, untouched\n93.00"]
+    assert texts_of(figure) == ["the method", "CMG-energy", "CMG-softmax", "energy, pretrained\n93.00"]
     assert plots.sweep({"CMG-energy": {0: [0.9], 0.5: [0.8]}}, "p").axes[0].get_xscale() == "linear"
 
 
 def test_known_modes_keep_their_look_and_no_two_look_alike():
-    styles = plots.line_styles(["a", "CMG-softmax", "b", "c", "CMG-energy", "d"])
-    assert styles["CMG-softmax"] == plots.line_styles(["CMG-softmax"])["CMG-softmax"]
+    styles = figure_style.line_styles(["a", "CMG-softmax", "b", "c", "CMG-energy", "d"])
+    assert styles["CMG-softmax"] == figure_style.line_styles(["CMG-softmax"])["CMG-softmax"]
     for property in ("color", "linestyle", "marker"):
         assert len({style[property] for style in styles.values()}) == 6
 

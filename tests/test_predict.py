@@ -16,34 +16,39 @@ from PIL import Image
 
 import predict
 from benchmarks import predict as benchmark
+from cli.errors import UserError, run_command
+from cmg.config import FineTuneConfig
+from cmg.detector import CMGDetector
+from cmg.predict import COLUMNS, format_predictions, predict_files, write_csv
 from datasets import folders
-from datasets.folders import decode_image, load_image, open_file, read_chunks
-from evaluation.detector import Detector, DetectorConfig, load_detector
-from evaluation.predictions import COLUMNS, format_predictions, predict_files, write_csv
+from datasets.folders import decode_image, open_file, read_chunks
 from models.main_model import MainModel
 from tests.tiny_data import write_folder
-from utils import UserError, run_command, save_checkpoint
+from utils import save_checkpoint
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 CLASSES = ("ant", "bee", "fly")
 
 
+def untrained(model: MainModel, mode: str, classes: tuple[int | str, ...]) -> CMGDetector:
+    """A detector whose head is the model's own."""
+    config = FineTuneConfig(num_ind=len(classes), sigma=1.0)
+    return CMGDetector(model, None, config, mode, classes=classes).adopt(model.classifier.state_dict())
+
+
 @pytest.fixture
 def detector_file(tmp_path) -> Path:
     """A detector of grey 8x8 images, whose threshold parts those of `images` in two."""
     torch.manual_seed(0)
-    config = DetectorConfig(
-        task="t", classes=CLASSES, image_size=8, image_channels=1, logits=11, networks="mnist", score="CMG-energy",
-        threshold=0.0, threshold_from="IND test",
-    )  # fmt: skip
     model = MainModel(8, 1, 11, "mnist")
     with torch.no_grad():
         model.classifier.fc2.weight.mul_(30)  # scores that lie apart
-    detector = Detector(model, config)
-    scores = sorted(detector(torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(k)))[0] for k in range(9))
-    config = DetectorConfig(**vars(config) | {"threshold": scores[4].item()})
-    Detector(model, config).save(tmp_path / "detector.pt", {})
+    detector = untrained(model, "CMG-energy", CLASSES)
+    draws = [torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(k)) for k in range(9)]
+    scores = sorted(detector.predict(images).item() for images in draws)
+    detector.threshold, detector.threshold_from = scores[4], "IND test"
+    detector.save(tmp_path / "detector.pt")
     return tmp_path / "detector.pt"
 
 
@@ -72,13 +77,13 @@ NAMES = ["a.png", "b.png", "c.jpg", "d.png", "in/a.png", "in/b.png", "in/c.bmp",
 FITTING = {"a.png", "z.png"}
 
 
-def plain_rows(detector: Detector, files: list[Path]) -> list[tuple]:
+def plain_rows(detector: CMGDetector, files: list[Path]) -> list[tuple]:
     """The file, class, score and verdict of each, one image after the other."""
     rows = []
     for file in files:
         pixels = torch.from_numpy(decode_image(file, 1, 8, resize=True).copy())
-        score, number = detector(pixels[None] / 255)
-        verdict = "OOD" if score.item() > detector.config.threshold else "IND"
+        score, number = detector.judge(detector.features(pixels[None] / 255))
+        verdict = "OOD" if score.item() > detector.threshold else "IND"
         rows.append((str(file), CLASSES[number.item()], pytest.approx(score.item(), rel=1e-4), verdict))
     return rows
 
@@ -118,9 +123,9 @@ def test_what_cannot_be_decoded_is_a_complaint(tmp_path):
     paths[3].unlink()
     (chunk,) = read_chunks(paths, 1, 8, 10, ahead=0)
     reasons = [
-        f"{paths[0]}: cannot be decoded (", f"{paths[1]}: cannot be decoded (no image). Replace or remove it",
+        f"{paths[0]}: cannot be decoded (", f"{paths[1]}: cannot be decoded (not an image). Replace or remove it",
         f"{paths[2]}: has pixels of mode F; expected 8 or 16 bits per channel. Convert or remove it",
-        f"{paths[3]}: cannot be decoded ([Errno 2] No such file",
+        f"{paths[3]}: cannot be decoded (No such file or directory)",
     ]  # fmt: skip
     assert all(found.startswith(reason) for found, reason in zip(chunk.complaints[:4], reasons, strict=True))
     assert chunk.complaints[4] is None and chunk.changed == [False] * 5
@@ -160,7 +165,7 @@ def test_a_small_file_that_claims_to_be_huge_is_refused(tmp_path):
     assert path.stat().st_size > folders.SMALL  # of bytes that could be decoded; the header is what counts
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match="could be decompression bomb DOS attack"):
-        load_image(path)
+        decode_image(path, 1, 8, resize=True)
 
 
 def test_small_files_are_decoded_by_one_thread_and_large_ones_by_several(tmp_path, monkeypatch):
@@ -176,9 +181,9 @@ def test_small_files_are_decoded_by_one_thread_and_large_ones_by_several(tmp_pat
 
 
 def test_predictions_are_those_of_a_plain_loop(images, detector_file):
-    detector = load_detector(detector_file, CPU)
+    detector = CMGDetector.load(detector_file, CPU)
     files = [images / name for name in NAMES]
-    predictions = predict_files(detector, files, 2, "fp32")
+    predictions = predict_files(detector, files, 2)
     assert [prediction[:4] for prediction in predictions] == plain_rows(detector, files)
     assert {prediction.verdict for prediction in predictions} == {"IND", "OOD"}
     assert [prediction.changed for prediction in predictions] == [name not in FITTING for name in NAMES]
@@ -192,10 +197,10 @@ def test_the_csv_holds_every_file_in_order(images, detector_file, tmp_path, caps
     rows = read_csv(out)
     assert list(rows[0]) == list(COLUMNS) == ["file", "class", "score", "verdict", "error"]
     failed = [row for row in rows if row["error"]]
-    error = f"{broken}: cannot be decoded (no image). Replace or remove it"
+    error = f"{broken}: cannot be decoded (not an image). Replace or remove it"
     assert failed == [{"file": str(broken), "class": "", "score": "", "verdict": "", "error": error}]
     assert rows.index(failed[0]) == NAMES.index("in/b.png") + 1
-    detector = load_detector(detector_file, CPU)
+    detector = CMGDetector.load(detector_file, CPU)
     expected = plain_rows(detector, [images / name for name in NAMES])
     scored = [(r["file"], r["class"], float(r["score"]), r["verdict"]) for r in rows if r is not failed[0]]
     assert scored == expected
@@ -204,8 +209,8 @@ def test_the_csv_holds_every_file_in_order(images, detector_file, tmp_path, caps
     ood = sum(row[3] == "OOD" for row in expected)
     assert printed.out.splitlines() == [
         f"wrote {out}",
-        "brought to 8x8 pixels in 8-bit grey: 7 of 9",
-        f"10 images: {9 - ood} IND, {ood} OOD, 1 unreadable; OOD above {detector.config.threshold:.6g}, "
+        "converted to 8x8 pixels in 8-bit grey: 7 of 9",
+        f"10 images: {9 - ood} IND, {ood} OOD, 1 unreadable; OOD above {detector.threshold:.6g}, "
         "which 95 % of the IND test images do not exceed",
     ]
 
@@ -217,28 +222,26 @@ def test_without_csv_a_table_is_printed(images, detector_file, capsys):
     files = [images / name for name in ("z.png", "in/a.png", "in/b.png", "in/c.bmp", "in/d.png")]
     assert lines[0].split() == ["file", "class", "score", "verdict"]
     found = [(file, label, float(score), verdict) for file, label, score, verdict in map(str.split, lines[1:6])]
-    assert found == plain_rows(load_detector(detector_file, CPU), files)
+    assert found == plain_rows(CMGDetector.load(detector_file, CPU), files)
     assert {line[lines[0].index("class") - 2 :][:2] for line in lines[1:6]} == {"  "}
     assert {line[lines[0].index("class") :].split()[0] for line in lines[1:6]} <= set(CLASSES)
-    assert lines[6:8] == ["", "brought to 8x8 pixels in 8-bit grey: 4 of 5"] and lines[8].startswith("5 images: ")
+    assert lines[6:8] == ["", "converted to 8x8 pixels in 8-bit grey: 4 of 5"] and lines[8].startswith("5 images: ")
 
 
 def test_one_fitting_image_of_any_suffix(images, detector_file, capsys):
     (images / "z.png").rename(images / "z.scan")
     assert run("--detector", detector_file, images / "z.scan") == 0
     table, _, summary = capsys.readouterr().out.rpartition("\n\n")
-    assert "z.scan" in table and summary.startswith("1 image: ") and "brought to" not in summary
+    assert "z.scan" in table and summary.startswith("1 image: ") and "converted to" not in summary
 
 
 def test_colour_detectors_take_grey_images(images, tmp_path, capsys):
-    config = DetectorConfig(
-        task="t", classes=(4, 7), image_size=32, image_channels=3, logits=3, networks="narrow", score="CMG-softmax",
-        threshold=0.5, threshold_from="IND validation",
-    )  # fmt: skip
-    Detector(MainModel(32, 3, 3, "narrow"), config).save(tmp_path / "colour.pt", {})
+    detector = untrained(MainModel(32, 3, 3, "narrow"), "CMG-softmax", (4, 7))
+    detector.threshold, detector.threshold_from = 0.5, "IND validation"
+    detector.save(tmp_path / "colour.pt")
     assert run("--detector", tmp_path / "colour.pt", images) == 0
     printed = capsys.readouterr().out
-    assert "brought to 32x32 pixels in 8-bit colour: 9 of 9\n" in printed
+    assert "converted to 32x32 pixels in 8-bit colour: 9 of 9\n" in printed
     assert printed.endswith("OOD above 0.5, which 95 % of the IND validation images do not exceed\n")
 
 
@@ -247,15 +250,57 @@ def test_files_that_are_all_unreadable_are_all_named(tmp_path, detector_file, ca
         (tmp_path / name).write_bytes(b"no image")
     assert run("--detector", detector_file, tmp_path / "a.png", tmp_path / "b.png") == 1
     printed = capsys.readouterr()
-    assert printed.err.count("cannot be decoded (no image)") == 2
+    assert printed.err.count("cannot be decoded (not an image)") == 2
     assert [line.split()[1:] for line in printed.out.splitlines()[1:3]] == [["-", "-", "unreadable"]] * 2
     assert "2 images: 0 IND, 0 OOD, 2 unreadable; " in printed.out
+
+
+def test_a_closed_folder_is_left_out_by_name(images, detector_file, tmp_path, monkeypatch, capsys):
+    """And what is not a plain file, likewise."""
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path) == images / "in":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    os.mkfifo(images / "pipe.png")
+    assert run("--detector", detector_file, images, "--csv", tmp_path / "out.csv") == 1
+    printed = capsys.readouterr()
+    complaints = [
+        f"{images}/in: cannot be read (Permission denied). Make it readable or remove it",
+        f"{images}/pipe.png: is not a plain file but a pipe. Remove it",
+    ]
+    assert printed.err.splitlines() == [f"predict: {complaint}" for complaint in complaints]
+    assert "7 images: " in printed.out and ", 2 unreadable; " in printed.out
+    rows = read_csv(tmp_path / "out.csv")
+    assert [row["file"] for row in rows if not row["error"]] == [
+        str(images / name) for name in NAMES if "/" not in name
+    ]
+    assert [(row["file"], row["error"]) for row in rows[5:]] == [
+        (str(images / "in"), complaints[0]),
+        (str(images / "pipe.png"), complaints[1]),
+    ]
+    assert run("--detector", detector_file, images / "in") == 1
+    assert "1 image: 0 IND, 0 OOD, 1 unreadable; " in capsys.readouterr().out
+
+
+def test_photos_are_judged_upright(detector_file, tmp_path):
+    upright = Image.fromarray(np.random.default_rng(5).integers(0, 256, (8, 8), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.save(tmp_path / "a.png")
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "b.png", exif=exif)
+    detector = CMGDetector.load(detector_file, CPU)
+    first, second = predict_files(detector, [tmp_path / "a.png", tmp_path / "b.png"], 2)
+    assert first[1:4] == second[1:4]
 
 
 def test_names_that_are_no_text_are_written_as_they_are_and_printed_escaped(images, detector_file, tmp_path):
     name = os.fsdecode(b"caf\xe9.png")
     os.rename(images / "z.png", images / name)
-    predictions = predict_files(load_detector(detector_file, CPU), [images / name], 2, "fp32")
+    predictions = predict_files(CMGDetector.load(detector_file, CPU), [images / name], 2)
     assert "caf\\xe9.png" in format_predictions(predictions)
     write_csv(tmp_path / "out.csv", predictions)
     assert read_csv(tmp_path / "out.csv")[0]["file"] == str(images / name)
@@ -266,11 +311,15 @@ def test_names_that_are_no_text_are_written_as_they_are_and_printed_escaped(imag
     [
         (["nowhere"], "nowhere: no such file or folder; expected an image or a folder of images"),
         (["images", "nowhere"], "nowhere: no such file or folder"),
+        (["images", "pipe"], "pipe: is a pipe; expected an image or a folder of images"),
         (["empty"], "empty: no images there; expected a folder of images, in subfolders or not (.bmp .jpeg"),
         (["images", "--csv", "empty"], "cannot write empty: it is a folder; name a file"),
         (["images", "--detector", "nowhere.pt"], "nowhere.pt: no such file"),
-        (["images", "--detector", "cut.pt"], "cut.pt: is no checkpoint or is damaged"),
-        (["images", "--detector", "other.pt"], "other.pt: is no detector; make one with: python -m eval --mode MODE"),
+        (["images", "--detector", "cut.pt"], "cut.pt: is not a checkpoint or is damaged"),
+        (
+            ["images", "--detector", "other.pt"],
+            "other.pt: is not a detector. Make one with: python -m eval --mode MODE",
+        ),
         (["images", "--device", "tpu9"], "--device tpu9: not a device; expected cpu, cuda or cuda:N"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -278,6 +327,7 @@ def test_names_that_are_no_text_are_written_as_they_are_and_printed_escaped(imag
 def test_mistakes_are_one_line(images, detector_file, tmp_path, monkeypatch, capsys, argv, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     save_checkpoint(tmp_path / "other.pt", {"weight": torch.zeros(2)})
     (tmp_path / "cut.pt").write_bytes(detector_file.read_bytes()[:5000])
     assert run("--csv", "out.csv", "--detector", detector_file, *argv) == 2
@@ -324,7 +374,7 @@ def test_help_needs_no_torch():
 def test_benchmark_measures_both(capsys):
     argv = ["--images", "40", "--rounds", "1", "--device", "cpu", "--precision", "fp32"]
     assert run_command(benchmark.main, benchmark.get_parser(), argv) == 0
-    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert figures["images"] == 40 and figures["precision"] == "fp32"
-    share = figures["images_per_second"] / figures["floor_images_per_second"]
-    assert figures["floor_share"] == pytest.approx(share, abs=2e-3) and figures["floor_share"] > 0
+    measured = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert measured["images"] == 40 and measured["precision"] == "fp32"
+    share = measured["images_per_second"] / measured["floor_images_per_second"]
+    assert measured["floor_share"] == pytest.approx(share, abs=2e-3) and measured["floor_share"] > 0

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.io import savemat
 
+from cli.errors import UserError
 from datasets import folders, obtain
-from datasets.datasetsHelper import HELD_OUT, READERS, load_ind, load_ood
+from datasets.datasetsHelper import READERS, load_ind, load_ood
 from datasets.folders import decode_image, list_images, read_images, square
 from datasets.formats import read_idx
-from datasets.tasks import TASKS
+from datasets.tasks import HELD_OUT, TASKS, Experiment
 from tests.tiny_data import (
     python2_pickle,
     squares,
@@ -31,7 +33,6 @@ from tests.tiny_data import (
     write_mnist,
     write_svhn,
 )
-from utils import UserError
 
 # --- whole files --------------------------------------------------------------------------------
 
@@ -98,10 +99,10 @@ def test_image_folders(tmp_path, name, folder, nested):
 
 def test_tasks_read_the_sets(tmp_path):
     write_mnist(tmp_path, 3, "KMNIST")
-    task = TASKS["same_dataset_kmnist"]
-    train, test = load_ind(task, "partition2", tmp_path)
+    experiment = Experiment.of("same_dataset_kmnist", TASKS["same_dataset_kmnist"], "partition2")
+    train, test = load_ind(experiment, tmp_path)
     assert train.labels.tolist() == [*range(6)] * 3 and len(test) == 18
-    assert len(load_ood(task, "partition2", HELD_OUT, tmp_path)) == 12
+    assert len(load_ood(experiment, HELD_OUT, tmp_path)) == 12
 
 
 def test_other_counts_than_the_published_are_pointed_out(tmp_path, capsys):
@@ -120,7 +121,7 @@ def test_idx_errors(tmp_path):
     assert read_idx(path).tolist() == [49, 50, 51, 52, 53]
     for damaged in (whole[:-1], whole + b"6", whole[:6], b"", b"\0\0\x0d\x01" + whole[4:], b"\0\0\x08\x00"):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match="a: is no complete IDX file of bytes. Delete it and fetch it again"):
+        with pytest.raises(UserError, match="a: is not a complete IDX file of bytes. Delete it and fetch it again"):
             read_idx(path)
     packed = tmp_path / "b.gz"
     for damaged in (gzip.compress(whole)[:-9], b"no gzip", gzip.compress(whole)[:12] + b"\xff" * 12):
@@ -131,14 +132,14 @@ def test_idx_errors(tmp_path):
 
 def test_idx_header_that_claims_too_much_is_refused_without_the_memory(tmp_path):
     (tmp_path / "a").write_bytes(struct.pack(">HBB3I", 0, 8, 3, 2**32 - 1, 2**32 - 1, 2**32 - 1))
-    with pytest.raises(UserError, match="no complete IDX file"):
+    with pytest.raises(UserError, match="not a complete IDX file"):
         read_idx(tmp_path / "a")
 
 
 def test_idx_counts_that_differ(tmp_path):
     write_mnist(tmp_path, 1)
     write_idx(tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte", np.arange(9))
-    with pytest.raises(UserError, match="raw: 10 images and 9 labels; expected as many of both"):
+    with pytest.raises(UserError, match="raw: 10 images and 9 labels; expected as many of each"):
         READERS["mnist"](tmp_path, "test")
     write_idx(tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte", np.zeros((10, 1)))
     with pytest.raises(UserError, match="the test images have 3 dimensions and the labels 2; expected 3 and 1"):
@@ -153,13 +154,19 @@ class RunsCode:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (pickle.dumps(RunsCode()), r"test_batch: is no CIFAR batch \(holds (posix|nt)\.mkdir, which could run code\)"),
+        (
+            pickle.dumps(RunsCode()),
+            r"test_batch: is not a CIFAR batch \(holds (posix|nt)\.mkdir, which could run code\)",
+        ),
         (b"cbuiltins\neval\n(V1\ntR.", r"holds builtins\.eval, which could run code"),
-        (b"", "test_batch: is no CIFAR batch"),
-        (b"\x80\x02junk", "test_batch: is no CIFAR batch"),
-        (python2_pickle({b"labels": [1]}), "test_batch: is no CIFAR batch"),
-        (python2_pickle([1, 2]), "test_batch: is no CIFAR batch"),
-        (python2_pickle({b"data": np.zeros((2, 3000), np.uint8), b"labels": [1, 2]}), "test_batch: is no CIFAR batch"),
+        (b"", "test_batch: is not a CIFAR batch"),
+        (b"\x80\x02junk", "test_batch: is not a CIFAR batch"),
+        (python2_pickle({b"labels": [1]}), "test_batch: is not a CIFAR batch"),
+        (python2_pickle([1, 2]), "test_batch: is not a CIFAR batch"),
+        (
+            python2_pickle({b"data": np.zeros((2, 3000), np.uint8), b"labels": [1, 2]}),
+            "test_batch: is not a CIFAR batch",
+        ),
         (python2_pickle({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}), "2 images and 1 labels"),
     ],
     ids=["runs code", "calls eval", "empty", "junk", "no images", "a list", "other width", "other counts"],
@@ -178,21 +185,21 @@ def test_cifar_batch_that_is_cut_short(tmp_path):
     write_cifar10(tmp_path, 2)
     path = tmp_path / "cifar-10-batches-py" / "data_batch_3"
     path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(UserError, match="data_batch_3: is no CIFAR batch"):
+    with pytest.raises(UserError, match="data_batch_3: is not a CIFAR batch"):
         READERS["cifar10"](tmp_path, "train")
 
 
 def test_svhn_errors(tmp_path):
-    from scipy.io import savemat
-
     path = tmp_path / "test_32x32.mat"
     for content in (b"", b"no mat file" * 50):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"test_32x32\.mat: is no SVHN file \(.*\)\. Delete it and fetch it again"):
+        with pytest.raises(
+            UserError, match=r"test_32x32\.mat: is not an SVHN file \(.*\)\. Delete it and fetch it again"
+        ):
             READERS["SVHN"](tmp_path, "test")
     for content, message in (
-        ({"X": np.zeros((32, 32, 3, 2), np.uint8)}, "is no SVHN file"),
-        ({"X": np.zeros((32, 32), np.uint8), "y": [[1]]}, "is no SVHN file"),
+        ({"X": np.zeros((32, 32, 3, 2), np.uint8)}, "is not an SVHN file"),
+        ({"X": np.zeros((32, 32), np.uint8), "y": [[1]]}, "is not an SVHN file"),
         ({"X": np.zeros((32, 32, 3, 2)), "y": [[1], [2]]}, "its images are float64, expected uint8"),
         ({"X": np.zeros((32, 32, 3, 2), np.uint8), "y": [[1]]}, "2 images and 1 labels"),
     ):
@@ -201,7 +208,30 @@ def test_svhn_errors(tmp_path):
             READERS["SVHN"](tmp_path, "test")
     write_svhn(tmp_path, 10)
     path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(UserError, match="is no SVHN file"):
+    with pytest.raises(UserError, match="is not an SVHN file"):
+        READERS["SVHN"](tmp_path, "test")
+
+
+def test_labels_that_do_not_fit_the_classes_are_refused(tmp_path):
+    write_mnist(tmp_path, 1)
+    write_idx(tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte", np.arange(1, 11))
+    with pytest.raises(
+        UserError, match=r"mnist in .*: labels 1 to 10, expected 0 to 9\. Remove its files and fetch it"
+    ):
+        READERS["mnist"](tmp_path, "test")
+    write_svhn(tmp_path, 2)
+    images = np.zeros((32, 32, 3, 2), np.uint8)
+    savemat(tmp_path / "test_32x32.mat", {"X": images, "y": np.uint8([[37], [10]])})
+    with pytest.raises(UserError, match=r"SVHN in .*: labels 0 to 37, expected 0 to 9"):
+        READERS["SVHN"](tmp_path, "test")
+    write_cifar10(tmp_path, 2)
+    for labels, complaint in (([0, -1], "labels -1 to 0, expected 0 to 9"), ([b"a", b"b"], "is not a CIFAR batch")):
+        batch = tmp_path / "cifar-10-batches-py" / "test_batch"
+        write_cifar_batch(batch, squares(np.arange(2), 32, 3, 0), {b"labels": labels})
+        with pytest.raises(UserError, match=complaint):
+            READERS["cifar10"](tmp_path, "test")
+    savemat(tmp_path / "test_32x32.mat", {"X": images, "y": [[1.5], [2]]})
+    with pytest.raises(UserError, match=r"is not an SVHN file \(its labels are no whole numbers\)"):
         READERS["SVHN"](tmp_path, "test")
 
 
@@ -224,7 +254,9 @@ def test_order_is_that_of_the_names(tmp_path):
 
 
 def test_folder_errors_name_the_file(tmp_path):
-    with pytest.raises(UserError, match="nowhere: no images there; expected a folder of images"):
+    with pytest.raises(
+        UserError, match=r"nowhere: cannot be read \(No such file or directory\)\. Make it readable or remove it$"
+    ):
         read_images(tmp_path / "nowhere", 3, 32)
     paths = write_folder(tmp_path, "a", 5)
     content = paths[2].read_bytes()
@@ -232,10 +264,12 @@ def test_folder_errors_name_the_file(tmp_path):
     with pytest.raises(UserError, match=r"image_00002\.png: cannot be decoded \(.*\)\. Replace or remove it$"):
         read_images(tmp_path / "a", 3, 32)
     paths[3].write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"image_00002\.png: .*\(and 1 more images\)$"):
+    with pytest.raises(
+        UserError, match=r"image_00002\.png: .*; [^;]*image_00003\.png: cannot be decoded \(not an image\)[^;]*$"
+    ):
         read_images(tmp_path / "a", 3, 32)
     paths[2].write_bytes(content)
-    with pytest.raises(UserError, match=r"image_00003\.png: cannot be decoded \(no image\)"):
+    with pytest.raises(UserError, match=r"image_00003\.png: cannot be decoded \(not an image\)"):
         read_images(tmp_path / "a", 3, 32)
     Image.new("RGB", (32, 31)).save(paths[3])
     with pytest.raises(UserError, match=r"image_00003\.png: is 32x31 pixels; expected 32x32\. Replace or remove it"):
@@ -250,7 +284,7 @@ def test_folder_errors_name_the_file(tmp_path):
 def test_a_link_that_leads_nowhere_is_named(tmp_path):
     write_folder(tmp_path, "a", 2)
     (tmp_path / "a" / "lost.png").symlink_to(tmp_path / "gone.png")
-    expected = r"a/lost\.png: cannot be read \(No such file or directory\)\. Replace or remove it$"
+    expected = r"a/lost\.png: cannot be read \(No such file or directory\)\. Make it readable or remove it$"
     with pytest.raises(UserError, match=expected):
         read_images(tmp_path / "a", 3, 32)
 

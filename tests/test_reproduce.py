@@ -10,27 +10,40 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score
 
 import reproduce
+from cli.errors import UserError, run_command
+from cli.files import write_json
 from evaluation import plots
 from evaluation.report import markdown
+from reproduction import launchers, report
 from reproduction.jobs import Job, Step, last_line, read_job, run_job
-from reproduction.launchers import ended, is_queued, local_slots, run_local, submit
+from reproduction.launchers import ClusterJob, ended, is_queued, local_slots, run_local, submit
 from reproduction.tables import detection_cells, notes, read_result
-from utils import UserError, run_command
+from tests import children
+from utils import save_checkpoint
 
 ROOT = Path(__file__).parents[1]
-QUICK = ["--device", "cpu", "--classifier-args", "--epochs 2", "--cvae-args", "--epochs 1", "--eval-args", "--epochs 1"]
+FEW = "--val-fraction 0.9"  # so that only a tenth of the digits is trained on
+QUICK = ["--device", "cpu", "--classifier-args", f"--epochs 2 {FEW}", "--cvae-args", f"--epochs 1 {FEW}"]
+QUICK += ["--eval-args", "--epochs 1 --pseudo-pool 200"]
 
 
 def run(*argv: object) -> int:
     return run_command(reproduce.main, reproduce.get_parser(), [str(word) for word in argv])
+
+
+def run_here(jobs: Sequence[Job], slots: Sequence[dict[str, str]]) -> dict[str, int]:
+    """`run_local` without processes, which would import everything again."""
+    return {job.name: run_job(job.folder) for job in jobs}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +51,7 @@ def reproduced(tmp_path_factory):
     """Two partitions, two seeds, with baselines, on the digits."""
     folder = tmp_path_factory.mktemp("reproduced") / "digits"
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)  # the jobs are processes of their own
+        patch.setattr(launchers, "run_local", run_here)
         argv = ["--partitions", "partition1", "partition3", "--seeds", 2, "--baselines", "KNN", "MaxLogit", "--output"]
         assert run(*argv, folder, *QUICK) == 0
     return folder
@@ -50,11 +63,11 @@ def test_the_tables_are_the_means_of_what_eval_wrote(reproduced):
     table = json.loads((reproduced / "table.json").read_text())
     assert (table["jobs"], table["done"]) == (4, 4) and table["job_seconds"] > 0
     found = {(row["method"], row["at"]): row for row in table["detection"]}
-    assert {method for method, at in found if at == "untouched"} == {"MSP", "energy", "KNN", "MaxLogit"}
+    assert {method for method, at in found if at == "pretrained"} == {"MSP", "energy", "KNN", "MaxLogit"}
     for (method, at), row in found.items():
         values = [r["auroc"] for one in results for r in one["detection"] if (r["method"], r["at"]) == (method, at)]
         assert row["auroc"] == {"mean": pytest.approx(mean(values)), "sd": pytest.approx(stdev(values)), "n": 4}
-    others = [row["auroc"]["mean"] for row in table["detection"] if row["at"] == "untouched"]
+    others = [row["auroc"]["mean"] for row in table["detection"] if row["at"] == "pretrained"]
     assert others == sorted(others, reverse=True)
     assert [r["config"]["epochs"] for r in results] == [1] * 4
     assert [r["seeds"] for r in results] == [[1], [2], [1], [2]]
@@ -79,7 +92,7 @@ def test_the_tables_are_the_means_of_what_eval_wrote(reproduced):
 
 def test_the_difference_to_the_best_of_the_others_is_of_the_scores_on_file(reproduced):
     table = json.loads((reproduced / "table.json").read_text())
-    others = {row["method"]: row["auroc"]["mean"] for row in table["detection"] if row["at"] == "untouched"}
+    others = {row["method"]: row["auroc"]["mean"] for row in table["detection"] if row["at"] == "pretrained"}
     best = max(others, key=others.get)
     assert [one["method"] for one in table["differences"]] == ["CMG-energy", "CMG-softmax"]
     for one in table["differences"]:
@@ -89,7 +102,7 @@ def test_the_difference_to_the_best_of_the_others_is_of_the_scores_on_file(repro
         for folder in sorted(path for path in reproduced.iterdir() if path.name.startswith("partition")):
             scores, seed = np.load(folder / "scores.npz"), folder.name[-1]
             aurocs = []
-            for detector in (f"{one['method']}/{seed}/last", f"{best}/-/untouched"):
+            for detector in (f"{one['method']}/{seed}/last", f"{best}/-/pretrained"):
                 ind, ood = scores[f"{detector}/IND test"], scores[f"{detector}/held-out-classes"]
                 aurocs.append(roc_auc_score([0] * len(ind) + [1] * len(ood), np.concatenate([ind, ood])))
             values.append(aurocs[0] - aurocs[1])
@@ -106,21 +119,21 @@ def test_the_report_holds_tables_and_pictures(reproduced):
 
 
 def test_the_histograms_say_which_energies_they_are_of(reproduced, tmp_path, monkeypatch):
-    from reproduction import report
-    from reproduction.tables import read_result
-
     folder, drawn = reproduced / "partition1_seed1", []
 
-    def score_histograms(*args, **energies):
-        drawn.append((args[0], energies))
-        return plots.score_histograms(*args, **energies)
+    def score_histograms(mode, scores, score, margins, loss_energy):
+        drawn.append((mode, score, loss_energy))
+        return plots.score_histograms(mode, scores, score, margins, loss_energy)
 
     monkeypatch.setattr(report, "score_histograms", score_histograms)
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: None)
     result = read_result("partition1", 1, folder / "eval.json", folder / "scores.npz")
-    result.content["config"]["score_energy"] = "all"
     report.draw(tmp_path, [result], None, None)
-    expected = {"loss_energy": "all", "score_energy": "all"}
-    assert drawn == [("CMG-energy", expected), ("CMG-softmax", expected)]
+    assert drawn == [("CMG-energy", "energy-ind", "all"), ("CMG-softmax", "ood-slot", "all")]
+    drawn.clear()
+    result.content["config"] |= {"score": "energy-all", "loss_energy": "ind"}
+    report.draw(tmp_path, [result], None, None)
+    assert drawn == [("CMG-energy", "energy-all", "ind"), ("CMG-softmax", "energy-all", "ind")]
 
 
 def test_what_is_done_is_not_repeated(reproduced, capsys, monkeypatch):
@@ -133,8 +146,9 @@ def test_what_is_done_is_not_repeated(reproduced, capsys, monkeypatch):
     assert before == after
 
 
-def test_another_option_of_eval_repeats_eval_alone(reproduced, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_another_option_of_eval_repeats_eval_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(launchers, "run_local", run_here)
+    monkeypatch.setattr(report, "draw", lambda *args: [])  # the pictures are another test's
     argv = ["--partitions", "partition1", "--seeds", 1, "--output", tmp_path / "digits", "--modes", "CMG-energy"]
     assert run(*argv, *QUICK) == 0
     folder = tmp_path / "digits" / "partition1_seed1"
@@ -148,10 +162,10 @@ def test_networks_of_another_training_are_found_before_the_work(reproduced, caps
     monkeypatch.chdir(ROOT)
     argv = ["--partitions", "partition3", "--seeds", 2, "--baselines", "KNN", "MaxLogit", "--output", reproduced]
     options = dict(zip(QUICK[::2], QUICK[1::2], strict=True))
-    other = [word for item in (options | {"--classifier-args": "--epochs 3 --lr 0.01"}).items() for word in item]
+    other = [word for item in (options | {"--classifier-args": f"--epochs 3 --lr 0.01 {FEW}"}).items() for word in item]
     before = {path: path.stat().st_mtime_ns for path in reproduced.glob("partition3*/*.pkl")}
     assert run(*argv, *other) == 2
-    advice = "give the options of then, name another --output, or remove the folder"
+    advice = "give the same options, name another --output, or remove the folder"
     folder = reproduced / "partition3_seed1"
     assert capsys.readouterr().err == (
         f"reproduce: error: {folder} holds networks made with another --epochs, --lr: {advice}\n"
@@ -159,7 +173,7 @@ def test_networks_of_another_training_are_found_before_the_work(reproduced, caps
     assert {path: path.stat().st_mtime_ns for path in reproduced.glob("partition3*/*.pkl")} == before and before
 
 
-@pytest.mark.parametrize("same", [["--classifier-args", "--epochs 2 --save-every 1"], ["--precision", "bf16"]])
+@pytest.mark.parametrize("same", [["--classifier-args", f"--epochs 2 --save-every 1 {FEW}"], ["--precision", "bf16"]])
 def test_networks_of_the_same_training_are_taken(reproduced, monkeypatch, same):
     monkeypatch.chdir(ROOT)
     argv = ["--partitions", "partition3", "--seeds", 2, "--output", os.path.relpath(reproduced), *QUICK, *same]
@@ -172,37 +186,30 @@ def test_networks_of_the_same_training_are_taken(reproduced, monkeypatch, same):
 # --- interruption and failure -------------------------------------------------------------------
 
 
-def start(folder: Path, *more: str) -> subprocess.Popen:
-    argv = ["--partitions", "partition1", "--seeds", "1", "--modes", "CMG-energy", "--output", str(folder), *more]
-    return subprocess.Popen([sys.executable, "-m", "reproduce", *argv], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+LONGER = ["--device", "cpu", "--classifier-args", f"--epochs 12 --save-every 1 {FEW}"]
+LONGER += ["--cvae-args", f"--epochs 4 {FEW}", "--eval-args", "--epochs 2 --pseudo-pool 200"]
 
 
-LONGER = [
-    "--device",
-    "cpu",
-    "--classifier-args",
-    "--epochs 6 --save-every 1",
-    "--cvae-args",
-    "--epochs 2",
-    "--eval-args",
-    "--epochs 1",
-]
+def one_job(folder: Path, *more: str) -> list[str]:
+    """Options of reproduce."""
+    return ["--partitions", "partition1", "--seeds", "1", "--modes", "CMG-energy", "--output", str(folder), *more]
 
 
 def test_killed_anywhere_it_goes_on_to_the_same_result(tmp_path):
     """Kills the whole command several times, at chosen stages; compares with a run that was left alone."""
-    plain = start(tmp_path / "plain", *LONGER)
-    assert plain.wait(timeout=120) == 0
-    folder = tmp_path / "killed"
+    _, (plain,) = reproduce.make_jobs(reproduce.get_parser().parse_args(one_job(tmp_path / "plain", *LONGER)))
+    plain.write()
+    assert run_job(plain.folder) == 0
+    folder, output = tmp_path / "killed", tmp_path / "output"
     stages = ["classifier.pkl.resume", "classifier.pkl", "cvae.pkl"]
     for stage in stages:
-        process = start(folder, *LONGER)
-        wait_for(lambda stage=stage: (folder / "partition1_seed1" / stage).exists() or process.poll() is not None)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    last = start(folder, *LONGER)
-    printed, _ = last.communicate(timeout=120)
-    assert last.returncode == 0 and "1/1" in printed
+        process = children.start(children.reproduce_with_forked_jobs, one_job(folder, *LONGER), output=output)
+        wait_for(lambda stage=stage: (folder / "partition1_seed1" / stage).exists() or process.exitcode is not None)
+        process.kill()
+        process.join()
+    last = children.start(children.reproduce_with_forked_jobs, one_job(folder, *LONGER), output=tmp_path / "last")
+    assert children.finish([last]) == [0], (tmp_path / "last").read_text()
+    assert "1/1" in (tmp_path / "last").read_text()
     for name in ("eval.json", "classifier.pkl", "cvae.pkl"):
         a, b = (root / "partition1_seed1" / name for root in (tmp_path / "plain", folder))
         if name.endswith(".json"):
@@ -215,8 +222,6 @@ def test_killed_anywhere_it_goes_on_to_the_same_result(tmp_path):
 
 
 def same_tensors(a: Path, b: Path) -> bool:
-    import torch
-
     a, b = (torch.load(path, weights_only=True) for path in (a, b))
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
@@ -228,26 +233,29 @@ def wait_for(condition, seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-def test_a_job_stops_when_its_parent_is_gone(tmp_path):
-    process = start(tmp_path, "--device", "cpu", "--classifier-args", "--epochs 2000")
+def test_a_job_stops_when_its_parent_is_gone(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    argv = one_job(tmp_path, "--device", "cpu", "--classifier-args", "--epochs 2000 --save-every 1")
+    process = children.start(children.run, "reproduce", argv, output=tmp_path / "output")
     resume = tmp_path / "partition1_seed1" / "classifier.pkl.resume"
     wait_for(resume.exists)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     log = tmp_path / "partition1_seed1" / "log.txt"
     wait_for(lambda: "stopped in epoch" in log.read_text())
 
 
 def test_a_failed_job_is_reported_and_stops_no_other(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(ROOT)  # the jobs are processes of their own
+    monkeypatch.setattr(report, "draw", lambda *args: [])
     folder = tmp_path / "out"
     (folder / "partition1_seed1").mkdir(parents=True)
-    (folder / "partition1_seed1" / "classifier.pkl").write_bytes(b"no checkpoint")
+    save_checkpoint(folder / "partition1_seed1" / "classifier.pkl", {"weights": torch.ones(1)})
     argv = ["--partitions", "partition1", "partition2", "--seeds", 1, "--modes", "CMG-energy", "--output", folder]
     assert run(*argv, *QUICK) == 2
     printed = capsys.readouterr()
     assert "partition1_seed1 failed: train: error: " in printed.out
-    assert "classifier.pkl: is no checkpoint or is damaged" in printed.out
+    assert "classifier.pkl exists and was made with other options" in printed.out
     assert "1 of 2 jobs failed" in printed.err and printed.err.count("\n") == 1
     assert json.loads((folder / "table.json").read_text())["done"] == 1
 
@@ -277,10 +285,10 @@ def test_arguments_that_cannot_be_are_named(tmp_path, monkeypatch, capsys, argv,
 
 
 OWN = "give {0} to reproduce itself"
-FILES = "give --output to reproduce itself: the folder of all files"
+FILES = "give --output, the folder of all files, to reproduce itself"
 HANDED_ON = {  # what is handed on -> the error
-    "--eval-args=--seeds 1 2 3": "no --seeds here: give --seeds to reproduce itself: how many",
-    "--classifier-args=--seed 4": "no --seed here: give --seeds to reproduce itself: how many",
+    "--eval-args=--seeds 1 2 3": "no --seeds here: give --seeds, their number, to reproduce itself",
+    "--classifier-args=--seed 4": "no --seed here: give --seeds, their number, to reproduce itself",
     "--eval-args=--output x": f"no --output here: {FILES}",
     "--eval-args=--outp x": f"no --output here: {FILES}",  # as argparse takes it
     "--eval-args=--save-scores x": f"no --save-scores here: {FILES}",
@@ -305,8 +313,8 @@ HANDED_ON = {  # what is handed on -> the error
     "--eval-args=KNN": "unrecognized arguments: KNN",
     "--classifier-args=--epochs 0": "argument --epochs: 0 is out of range: expected above 0",
     "--cvae-args=--log 'a b": """"--log 'a b" cannot be split into options: no closing quotation""",
-    "--eval-args=--mixing none --mixing-probability 0.7": "--mixing-probability goes with --mixing coin only; leave it "
-    "out",
+    "--eval-args=--mixing none --mixing-probability 0.7": "--mixing-probability goes with --mixing bernoulli only; "
+    "leave it out",
     "--eval-args=--tune joint --anchor 1": "--anchor goes with --tune head or last-layer only; leave it out",
 }
 
@@ -415,11 +423,138 @@ def order(lines: list[str]) -> list[str]:
 
 
 def test_without_a_gpu_slots_share_the_cores(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
     assert local_slots("cpu", None) == [{"OMP_NUM_THREADS": "3"}] * 2
     assert local_slots("cpu", 3) == [{"OMP_NUM_THREADS": "2"}] * 3
-    assert local_slots("cuda:1", None) == [{"OMP_NUM_THREADS": "6"}]  # the GPU that is named takes one
+    with pytest.raises(UserError, match="--device tpu9: not a device"):
+        local_slots("tpu9", None)
     assert local_slots("cpu", 9) == [{"OMP_NUM_THREADS": "1"}] * 9
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert local_slots("cuda:1", None) == [{"OMP_NUM_THREADS": "6"}]  # the GPU that is named takes one
+    with pytest.raises(UserError, match="--device cuda:2: no such GPU"):
+        local_slots("cuda:2", None)
+
+
+@pytest.mark.parametrize(("limit", "threads"), [("1", "1"), ("2", "2"), ("9", "3"), ("2,1", "3")])
+def test_the_limit_of_threads_of_the_environment_is_kept(monkeypatch, limit, threads):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", limit)
+    assert local_slots("cpu", None) == [{"OMP_NUM_THREADS": threads}] * 2
+
+
+def test_jobs_find_the_repository_from_anywhere(tmp_path, monkeypatch):
+    """Even where something lies that is called as one of its modules."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    (tmp_path / "utils.py").write_text("raise SystemExit('not this one')")
+    job = tiny_job(Path("a"), WRITES)
+    assert run_local([job], [{}], print) == {"a": 0} and job.is_done
+
+
+def test_a_folder_whose_name_is_no_text_takes_jobs(tmp_path):
+    job = tiny_job(tmp_path / os.fsdecode(b"caf\xe9"), WRITES)
+    assert run_local([job], [{}], print) == {job.name: 0} and job.is_done
+    assert "caf\\udce9/0.txt" in job.log.read_text()
+
+
+def test_all_that_a_job_prints_is_in_its_log(tmp_path):
+    """What comes before and beside the steps, too, and how it ended where it could not say so itself."""
+    lines = []
+    broken = tiny_job(tmp_path / "broken", "tests.nowhere")
+    write_json(tmp_path / "damaged" / "job.json", {})
+    damaged = Job(tmp_path / "damaged", ())
+    killed = tiny_job(tmp_path / "killed", WRITES, argv=("--word", "killed"))
+    assert run_local([broken, damaged, killed], [{}], lines.append) == {"broken": 1, "damaged": 2, "killed": -9}
+    assert last_line(broken.log) == "ModuleNotFoundError: No module named 'tests.nowhere'"
+    message = f"{tmp_path}/damaged: holds no job; name a folder that python -m reproduce made for a job"
+    assert last_line(damaged.log) == f"reproduction.jobs: error: {message}"
+    assert "to the log though no part of Python\n" in killed.log.read_text()
+    assert last_line(killed.log) == "killed by SIGKILL: was there enough memory?"
+    assert lines[2].startswith(f"[3/3] killed: killed by SIGKILL, see {killed.log} (")
+
+
+def test_a_refused_option_ends_a_job_with_its_status(tmp_path):
+    job = tiny_job(tmp_path / "a", WRITES, argv=("--nonsense",))
+    assert run_job(job.folder) == 2
+    assert last_line(job.log).startswith("writes: error: unrecognized arguments: --nonsense")
+
+
+@pytest.mark.parametrize(
+    "done", ["", "{}", "[]", "[" * 99999, '{"step0": {}}', '{"step0": []}', '{"step0": {"argv": 3, "seconds": 1}}']
+)
+def test_a_record_that_cannot_be_read_counts_as_not_done(tmp_path, done):
+    job = tiny_job(tmp_path / "a", WRITES)
+    assert run_job(job.folder) == 0
+    (job.folder / "done.json").write_text(done)
+    assert job.records() == {} and run_job(job.folder) == 0 and job.is_done
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "content"),
+    [
+        ("eval.json", "eval", b"{}"),
+        ("eval.json", "eval", b'{"detection": []}'),
+        ("eval.json", "eval", b"\xff"),
+        ("ablations.json", "reproduction.ablations", b"{}"),
+        ("scores.npz", "eval", b""),
+        ("cvae.pkl", "train", b"PK\x03\x04 cut short"),
+        ("cvae.pkl.resume", "train", b"PK\x03\x04 cut short"),
+    ],
+)
+def test_what_nobody_can_read_is_made_again(tmp_path, capsys, name, module, content):
+    step = Step("one", module, (), (tmp_path / name.removesuffix(".resume"),))
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert not step.is_intact(path)
+    step.forget_broken()
+    assert not path.exists() and capsys.readouterr().out == f"{path} cannot be read: it is made again\n"
+
+
+def test_results_that_do_not_belong_together_are_one_line(tmp_path, reproduced):
+    from reproduction.tables import read_result
+
+    folder = reproduced / "partition1_seed1"
+    assert read_result("partition1", 1, folder / "eval.json", folder / "scores.npz").seed == 1
+    np.savez(tmp_path / "scores.npz", x=np.zeros(1))
+    expected = (
+        r"scores\.npz: lacks CMG-energy/1/last/IND test, of which .*eval\.json has metrics: remove both and run it"
+    )
+    with pytest.raises(UserError, match=expected):
+        read_result("partition1", 1, folder / "eval.json", tmp_path / "scores.npz")
+    whole = (folder / "scores.npz").read_bytes()
+    (tmp_path / "scores.npz").write_bytes(whole[:300] + bytes(300) + whole[600:])
+    with pytest.raises(UserError, match=r"scores\.npz: is damaged: remove it and run the same command again$"):
+        read_result("partition1", 1, folder / "eval.json", tmp_path / "scores.npz")
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"a": 3}'])
+def test_a_queue_that_cannot_be_read_is_one_line(tmp_path, content):
+    (tmp_path / "queue.json").write_text(content)
+    expected = r"queue\.json: .*; expected the jobs in the queue; remove it once none of them waits or runs$"
+    with pytest.raises(UserError, match=expected):
+        ended([tiny_job(tmp_path / "a", WRITES)], tmp_path)
+
+
+def test_detectors_that_some_runs_left_out_are_reported_and_not_compared(reproduced):
+    from reproduction import tables
+
+    folders = [reproduced / f"partition1_seed{seed}" for seed in (1, 2)]
+    results = [
+        tables.read_result("partition1", seed, folder / "eval.json", folder / "scores.npz")
+        for seed, folder in enumerate(folders, start=1)
+    ]
+    rows = results[0].content["detection"]
+    results[0].content["detection"] = [row for row in rows if row["method"] != "KNN"]
+    for row in results[1].content["detection"]:
+        row["auroc"] = 1.0 if row["method"] == "KNN" else row["auroc"]
+    summary = tables.detection_summary(results)
+    assert {row["method"]: row["auroc"]["n"] for row in summary}["KNN"] == 1
+    assert "KNN" not in {one["best_baseline"] for one in tables.differences(results, summary)}
+    assert tables.notes(summary, {"KNN": "in 1 of 2 results (k=50)"}).endswith(
+        "\nKNN is left out in 1 of 2 results (k=50)."
+    )
 
 
 def test_free_gpus_take_one_job_each(monkeypatch):
@@ -509,8 +644,6 @@ def test_warned_a_cluster_job_goes_on_and_at_the_last_call_it_is_queued_again(tm
 
 @pytest.mark.parametrize("preempt", ["USR1", "TERM"])  # as SUBMITIT_PREEMPT_SIGNAL may name them: the steps know both
 def test_submitits_signal_may_be_one_that_stops_a_step(tmp_path, monkeypatch, preempt):
-    from reproduction.launchers import ClusterJob
-
     requeued = []
     monkeypatch.setattr("submitit.JobEnvironment.USR_SIG", preempt)
     monkeypatch.setattr("reproduction.launchers.run_job", lambda folder: 128 + last_call)
@@ -525,8 +658,6 @@ def test_submitits_signal_may_be_one_that_stops_a_step(tmp_path, monkeypatch, pr
 
 
 def test_a_signal_between_two_steps_counts_like_one_within(tmp_path, monkeypatch):
-    from reproduction.launchers import ClusterJob
-
     calls = []
 
     def between(folder: Path) -> int:
@@ -542,8 +673,6 @@ def test_a_signal_between_two_steps_counts_like_one_within(tmp_path, monkeypatch
 
 
 def test_what_is_queued_again_is_the_same_job():
-    from reproduction.launchers import ClusterJob
-
     again = ClusterJob().checkpoint("folder")
     assert isinstance(again.function, ClusterJob) and again.args == ("folder",)
 
@@ -595,7 +724,7 @@ def test_what_sbatch_refuses_is_one_line(tmp_path, monkeypatch):
     job = tiny_job(tmp_path / "a", WRITES)
     with pytest.raises(UserError) as raised:
         submit([job], tmp_path / "queue", timeout_min=60, slurm_partition="gpux")
-    refusal = "sbatch refuses the jobs: sbatch: error: invalid partition: gpux; mend --slurm"
+    refusal = "sbatch refuses the jobs: sbatch: error: invalid partition: gpux; correct --slurm"
     assert str(raised.value) == f"--launcher slurm: {refusal}" and not (tmp_path / "queue" / "queue.json").exists()
 
 
@@ -604,21 +733,21 @@ def test_what_sbatch_refuses_is_one_line(tmp_path, monkeypatch):
 
 def test_a_table_names_its_ood_sets_where_there_are_several():
     figure = {"mean": 0.5, "sd": 0.0, "n": 1}
-    rows = [{"ood_dataset": name, "method": "MSP", "at": "untouched", "auroc": figure} for name in ("SVHN", "LSUN")]
+    rows = [{"ood_dataset": name, "method": "MSP", "at": "pretrained", "auroc": figure} for name in ("SVHN", "LSUN")]
     header, cells = detection_cells(rows)
     assert header[:3] == ["OOD set", "method", "step"] and [row[0] for row in cells] == ["SVHN", "LSUN"]
     header, cells = detection_cells(rows[:1])
-    assert header[:2] == ["method", "step"] and cells == [["MSP", "untouched", "50.00", "-", "-", "-", "1"]]
+    assert header[:2] == ["method", "step"] and cells == [["MSP", "pretrained", "50.00", "-", "-", "-", "1"]]
     assert notes(rows).startswith("OOD images: SVHN, LSUN. ")
 
 
 @pytest.mark.parametrize("damaged", ["eval.json", "scores.npz"])
-def test_a_damaged_result_is_named(tmp_path, damaged):
-    (tmp_path / "eval.json").write_text("{}")
-    np.savez(tmp_path / "scores.npz", a=np.zeros(3))
-    content = (tmp_path / damaged).read_bytes()
-    (tmp_path / damaged).write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="eval.json or .*scores.npz is damaged: remove both and run the same command"):
+def test_a_damaged_result_is_named(tmp_path, reproduced, damaged):
+    whole = reproduced / "partition1_seed1"
+    for name in ("eval.json", "scores.npz"):
+        content = (whole / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: len(content) // (1 + (name == damaged))])
+    with pytest.raises(UserError, match=rf"{damaged}: is (not JSON or is )?damaged[:;] "):
         read_result("partition1", 1, tmp_path / "eval.json", tmp_path / "scores.npz")
 
 

@@ -15,6 +15,7 @@ import stat
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -23,22 +24,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import utils
+from cli.errors import Stopped, UserError, printable, run_command
+from cli.files import check_writable, read_json, replacing, short_name, write_json
+from cli.options import number, positive_int
+from cli.progress import Progress
 from utils import (
-    Progress,
-    Stopped,
-    UserError,
-    check_writable,
+    check_memory,
     derive_seed,
     generator,
     keep_freed_memory,
     load_checkpoint,
-    number,
     pick_device,
     pick_precision,
-    replacing,
-    run_command,
     save_checkpoint,
-    write_json,
+    start_computing,
 )
 
 # --- arguments and exit statuses ----------------------------------------------------------------
@@ -54,6 +53,14 @@ def test_a_number_is_taken_within_its_bounds_only(value):
             argparse.ArgumentTypeError, match="out of range: expected above -1.5 and at least -1 and below 2"
         ):
             parse(repr(value))
+
+
+def test_what_is_counted_has_an_end():
+    assert positive_int("2000000000") == 2 * 10**9
+    with pytest.raises(argparse.ArgumentTypeError, match="out of range: expected above 0 and at most 2,147,483,647$"):
+        positive_int("1" * 30)
+    with pytest.raises(argparse.ArgumentTypeError, match="0 is out of range: expected above 0$"):
+        positive_int("0")
 
 
 @pytest.mark.parametrize(("kind", "text", "word"), [(int, "1.5", "whole number"), (float, "a", "number")])
@@ -111,7 +118,7 @@ def test_an_unforeseen_failure_is_not_hidden(failure):
 
 
 def test_whoever_reads_the_output_may_have_enough():
-    lines = "from utils import *; run = lambda args: [print(k, flush=True) for k in range(10**5)] and 0"
+    lines = "from cli.errors import *; run = lambda args: [print(k, flush=True) for k in range(10**5)] and 0"
     code = f"{lines}; sys.exit(run_command(run, argparse.ArgumentParser('name'), []))"
     shell = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} | head -n 1; exit ${{PIPESTATUS[0]}}"
     found = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, cwd=Path(utils.__file__).parent)
@@ -209,7 +216,10 @@ class Payload:
 def test_a_checkpoint_that_could_run_code_does_not(tmp_path, write):
     path, mark = tmp_path / "bad.pkl", tmp_path / "ran"
     write({"weights": torch.ones(1), "more": Payload(mark)}, path)
-    with pytest.raises(UserError, match="bad.pkl: holds objects that could run code"):
+    with pytest.raises(
+        UserError,
+        match=r"bad\.pkl: holds [\w.]+, which could run code; expected .* save its weights alone: torch\.save\(",
+    ):
         load_checkpoint(path)
     assert not mark.exists()
 
@@ -217,9 +227,9 @@ def test_a_checkpoint_that_could_run_code_does_not(tmp_path, write):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is no checkpoint or is damaged"),
-        (b"just some text", "is no checkpoint or is damaged"),
-        (b"PK\x03\x04 a zip that ends too soon", "is no checkpoint or is damaged"),
+        (b"", "is not a checkpoint or is damaged"),
+        (b"just some text", "is not a checkpoint or is damaged"),
+        (b"PK\x03\x04 a zip that ends too soon", "is not a checkpoint or is damaged"),
         (None, "no such file"),
     ],
 )
@@ -241,11 +251,19 @@ def test_a_file_that_one_may_not_read_is_not_called_damaged(tmp_path, monkeypatc
     monkeypatch.setattr(utils, "open", refuse, raising=False)
     with pytest.raises(UserError) as refusal:
         load_checkpoint(path)
-    assert str(refusal.value) == f"{path}: cannot be read (Permission denied); expected a file you may read"
+    assert str(refusal.value) == f"{path}: cannot be read (Permission denied); expected a file that you may read"
+
+
+def test_a_pipe_is_no_checkpoint_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(
+        UserError, match=r"pipe: is not a plain file; expected a dict of tensors written by torch\.save$"
+    ):
+        load_checkpoint(tmp_path / "pipe")
 
 
 def test_a_folder_is_no_checkpoint(tmp_path):
-    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\); expected a file you may read$"):
+    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\); expected a file that you may read$"):
         load_checkpoint(tmp_path)
 
 
@@ -255,7 +273,7 @@ def test_a_checkpoint_cut_short_is_damaged(tmp_path, share):
     save_checkpoint(path, {"weights": torch.rand(5000)})
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(UserError, match="net.pkl: is no checkpoint or is damaged"):
+    with pytest.raises(UserError, match="net.pkl: is not a checkpoint or is damaged"):
         load_checkpoint(path)
 
 
@@ -263,6 +281,139 @@ def test_a_checkpoint_of_something_else_than_a_dict_is_refused(tmp_path):
     torch.save([torch.ones(1)], tmp_path / "list.pkl")
     with pytest.raises(UserError, match="list.pkl: holds a list; expected a dict of .*save. Make it again"):
         load_checkpoint(tmp_path / "list.pkl")
+
+
+# --- what cannot be shown, held or read -----------------------------------------------------------
+
+
+def test_names_are_shown_in_one_line():
+    assert printable("caf\udce9 ±\n\x1b[31m") == "caf\\xe9 ±\\n\\x1b[31m"
+
+
+@pytest.mark.parametrize("path", [os.devnull, "pipe"])
+def test_devices_and_pipes_are_not_replaced(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    with pytest.raises(UserError, match=f"cannot write {path}: it is not a plain file; name another$"):
+        check_writable(Path(path))
+
+
+def test_no_character_stops_a_command(tmp_path):
+    """Neither one of ours nor one of a file's name, on a terminal that knows only ASCII."""
+    code = (
+        "import argparse, sys; from cli.errors import *\n"
+        "def main(args):\n    print('± … caf\\udce9'); raise UserError('a\\nb caf\\udce9')\n"
+        "sys.exit(run_command(main, argparse.ArgumentParser('name'), []))"
+    )
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    place = Path(utils.__file__).parent
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=place)
+    shown = "\\xb1 \\u2026 caf\\udce9\n"
+    assert (found.returncode, found.stdout, found.stderr) == (2, shown, "name: error: a\\nb caf\\xe9\n")
+
+
+def test_what_libraries_remark_about_images_is_not_shown(recwarn):
+    def main(args):
+        warnings.warn_explicit("Corrupt EXIF data", UserWarning, "x.py", 1, module="PIL.TiffImagePlugin")
+        warnings.warn_explicit("ours", UserWarning, "x.py", 1, module="utils")
+
+    assert run_command(main, argparse.ArgumentParser("name"), []) == 0
+    assert [str(warning.message) for warning in recwarn] == ["ours"]
+
+
+CPU_ALLOCATOR = (
+    "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+    "64000000000 bytes. Error code 12 (Cannot allocate memory)"
+)
+CUDA_ALLOCATOR = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79 GiB\nof which"
+
+
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (RuntimeError(CPU_ALLOCATOR), "not enough memory: 64000000000 bytes more was needed"),
+        (torch.OutOfMemoryError(CUDA_ALLOCATOR), "not enough memory of the GPU: 20.00 GiB more was needed"),
+        (MemoryError(), "not enough memory"),
+        (MemoryError("Unable to allocate 72.8 TiB for an array"), "not enough memory: 72.8 TiB more was needed"),
+        (utils.MemoryShortage("not enough memory: x would take 9.0 GB"), "not enough memory: x would take 9.0 GB"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ([], "end other programs, or take a machine with more"),
+        (["--batch-size", "--lr", "--pseudo-pool"], "lower --pseudo-pool or --batch-size"),
+    ],
+)
+def test_out_of_memory_is_one_line(capsys, error, what, options, remedy):
+    parser = argparse.ArgumentParser("name")
+    for option in options:
+        parser.add_argument(option)
+
+    def main(args):
+        raise error
+
+    assert run_command(main, parser, []) == 2
+    assert capsys.readouterr().err == f"name: error: {what}; {remedy}\n"
+
+
+def test_more_memory_than_there_is_is_refused_before_it_is_filled():
+    cpu = torch.device("cpu")
+    check_memory(10**6, cpu, "little")
+    with pytest.raises(
+        utils.MemoryShortage, match=r"^not enough memory: noise would take 1,000,000\.0 GB, [\d.,]+ GB are"
+    ):
+        check_memory(10**15, cpu, "noise")
+
+
+def test_where_the_system_does_not_tell_nothing_is_refused(monkeypatch):
+    monkeypatch.setattr(utils, "free_memory", lambda device: None)
+    check_memory(10**15, torch.device("cpu"), "noise")
+
+
+def test_names_of_files_have_an_end():
+    assert short_name("results_seed1") == "results_seed1" and short_name("x" * 120) == "x" * 120
+    long = [short_name(f"{'é' * 200}{end}") for end in "ab"]
+    assert all(name.startswith("é" * 50) and len(os.fsencode(name)) <= 120 for name in long) and long[0] != long[1]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_no_json_holds_what_is_no_number(tmp_path, bad):
+    with pytest.raises(UserError, match=r"r\.json: a number in it is not finite, so something before it failed$"):
+        write_json(tmp_path / "r.json", {"auroc": [0.5, bad]})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is not JSON or is damaged; expected a result"),
+        ("{", "is not JSON or is damaged; expected a result"),
+        ("[" * 100_000, "is not JSON or is damaged; expected a result"),
+        ("[]", "holds something else; expected a result"),
+        ("{}", "holds something else; expected a result"),
+        ('{"rows": [{"auroc": NaN}]}', "holds something else; expected a result"),
+        ('{"rows": [{"auroc": "0.5"}]}', "holds something else; expected a result"),
+        ('{"rows": [{"auroc": 1%s}]}' % ("0" * 400), "holds something else; expected a result"),
+        ('{"rows": [{"auroc": 1, "fpr95": "0"}]}', "holds something else; expected a result"),
+        ('{"rows": [{"auroc": true}]}', "holds something else; expected a result"),
+        ('{"rows": {"auroc": 1}}', "holds something else; expected a result"),
+        (None, "No such file or directory; expected a result"),
+    ],
+)
+def test_a_json_file_of_wrong_content_is_named(tmp_path, content, message):
+    path = tmp_path / "r.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError) as refusal:
+        read_json(path, {"rows": [{"auroc": float, "fpr95": (float,)}]}, "a result")
+    assert str(refusal.value) == f"{path}: {message}"
+
+
+def test_a_json_file_is_read_back_as_it_was_written(tmp_path):
+    content = {"rows": [{"auroc": 1, "name": "caf\udce9 ±"}]}
+    write_json(tmp_path / "r.json", content)
+    assert read_json(tmp_path / "r.json", {"rows": [{"auroc": float}]}, "") == content
 
 
 # --- progress -----------------------------------------------------------------------------------
@@ -291,16 +442,24 @@ def test_progress_reads_the_loss_only_when_it_prints(capsys):
 # --- the processor -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("options", "product"), [(["--device"], 0.0), ([], pytest.approx(1e-40, rel=1e-4))])
-def test_denormal_numbers_count_as_zero_in_commands_that_compute(options, product):
-    parser = argparse.ArgumentParser()
-    for option in options:
-        parser.add_argument(option)
+@pytest.mark.parametrize(("computes", "product"), [(True, 0.0), (False, pytest.approx(1e-40, rel=1e-4))])
+def test_denormal_numbers_count_as_zero_in_commands_that_compute(computes, product):
+    def main(args):
+        if computes:
+            assert start_computing("cpu") == torch.device("cpu")
+        found.append((torch.tensor([1e-30]) * 1e-10).item())
+
     torch.set_flush_denormal(False)
     found = []
-    assert run_command(lambda args: found.append((torch.tensor([1e-30]) * 1e-10).item()), parser, []) == 0
+    assert run_command(main, argparse.ArgumentParser(), []) == 0
     torch.set_flush_denormal(False)
     assert found == [product]
+
+
+@pytest.mark.parametrize("name", ["tpu9", "meta"])
+def test_commands_that_compute_refuse_a_device_as_any_other(name):
+    with pytest.raises(UserError, match=f"--device {name}: "):
+        start_computing(name)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps what it likes")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 from pathlib import Path
 
-from utils import UserError
+from cli.errors import UserError
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -21,4 +22,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("asked to fail")
     if args.word == "crash":
         raise ZeroDivisionError("nobody foresaw it")
+    if args.word == "killed":
+        os.write(2, b"to the log though no part of Python\n")
+        os.kill(os.getpid(), signal.SIGKILL)
     args.file.write_text(args.word)

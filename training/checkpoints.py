@@ -7,11 +7,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
-from utils import UserError, load_checkpoint, save_checkpoint
+from cli.errors import UserError
+from cli.files import fits
+from utils import check_finite, load_checkpoint, save_checkpoint
 
-PARALLEL = "module."
+WRAPPERS = ("state_dict", "model_state_dict", "model")  # where others put a state dict beside what else they save
+PREFIXES = ("module.", "_orig_mod.")  # of nn.DataParallel and torch.compile
+OURS = {  # a key of other files of ours -> what it is that has it
+    "detector": "a detector that eval saved",
+    "identity": "the state of a training that has not come to its end",
+}
 
 
 def save_network(path: Path, model: nn.Module, origin: dict) -> None:
@@ -38,23 +45,67 @@ def load_network(path: Path, model: nn.Module, what: str, expected: dict, remedy
 
 
 def read_state(path: Path, what: str, remedy: str) -> dict:
-    """The state dict in `path`, without the prefix `module.` that nn.DataParallel puts before every name.
+    """The state dict in `path`. What people have around one is looked through, which is said: a dict that holds it
+    under one of `WRAPPERS`, and `PREFIXES` of its names.
 
     Raises:
-        UserError: the file is missing or damaged.
+        UserError: the file is missing, damaged or something else, or holds weights that are not finite.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; it should hold {what}. {remedy}")
-    state = load_checkpoint(path)
-    if state and all(str(name).startswith(PARALLEL) for name in state):
-        print(f"{path}: took the prefix {PARALLEL} off its {len(state)} names", flush=True)
-        state = {name.removeprefix(PARALLEL): tensor for name, tensor in state.items()}
+    content = load_checkpoint(path)
+    for key, name in OURS.items():
+        if key in content:
+            raise UserError(f"{path}: is {name}, not {what}. {remedy}")
+    state = without_prefixes(path, unwrapped(path, content))
+    if not any(isinstance(value, Tensor) for value in state.values()):
+        places = weights_within(state)
+        if places:
+            raise UserError(
+                f"{path}: holds no weights itself; they seem to be in {listed(places)}. Save those of {what} alone, "
+                "with torch.save"
+            )
+    check_finite(path, state, remedy)
     return state
+
+
+def unwrapped(path: Path, content: dict) -> dict:
+    """What a dict holds under one of `WRAPPERS`, at any depth, or itself."""
+    key = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+    if key is None:
+        return content
+    print(f"{path}: took the weights that it holds as {key!r}", flush=True)
+    return unwrapped(path, content[key])
+
+
+def without_prefixes(path: Path, state: dict) -> dict:
+    """A state dict without the prefixes that all its names have in common."""
+    removed = ""
+    while prefix := next((p for p in PREFIXES if state and all(str(name).startswith(p) for name in state)), ""):
+        removed += prefix
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    if removed:
+        print(f"{path}: removed the prefix {removed} from its {len(state)} names", flush=True)
+    return state
+
+
+def weights_within(content: dict, place: str = "") -> list[str]:
+    """Where dicts of tensors are in a dict: "['net']", "['nets']['classifier']"."""
+    places = []
+    for key, value in content.items():
+        if isinstance(value, dict):
+            here = f"{place}[{key!r}]"
+            places += (
+                [here] if any(isinstance(part, Tensor) for part in value.values()) else weights_within(value, here)
+            )
+    return places
 
 
 def fill_network(path: Path, state: dict, model: nn.Module, what: str, expected: dict, remedy: str) -> dict:
     """The second half of `load_network`: check the state dict read from `path` and load it strictly."""
-    origin = getattr(state, "origin", {})
+    origin = origin_of(state)
+    if not fits(origin, {"val_fraction": (float,)}):
+        raise UserError(f"{path}: what it says of how it was made is damaged. {remedy}")
     for key, value in expected.items():
         if origin.get(key, value) != value:
             raise UserError(f"{path}: was made for {key} {origin[key]}, expected {value}. {remedy}")
@@ -68,10 +119,16 @@ def fill_network(path: Path, state: dict, model: nn.Module, what: str, expected:
             found = list(getattr(state[name], "shape", []))
             raise UserError(
                 f"{path}: {name} is {found}, expected {list(tensor.shape)}: "
-                f"{what} of another task or number of classes. {remedy}"
+                f"it is {what} of another task or number of classes. {remedy}"
             )
     model.load_state_dict(state)
     return origin
+
+
+def origin_of(state: dict) -> dict:
+    """How a state dict was made, or {} where that is not known."""
+    origin = getattr(state, "origin", None)
+    return origin if isinstance(origin, dict) else {}
 
 
 def listed(names: list[str], most: int = 8) -> str:

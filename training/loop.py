@@ -21,43 +21,24 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from cli.errors import Stopped, UserError, handling
+from cli.files import fits, writing
+from cli.progress import Progress
 from datasets.datasetsHelper import Images
+from training.config import LoopConfig
 from training.processes import Processes
-from utils import (
-    Progress,
-    Stopped,
-    UserError,
-    autocast,
-    derive_seed,
-    generator,
-    handling,
-    load_checkpoint,
-    save_checkpoint,
-    writing,
-)
+from utils import autocast, check_finite, derive_seed, generator, load_checkpoint, save_checkpoint
 
+STATE = {
+    "identity": dict,
+    "model": dict,
+    "optimizer": dict,
+    "step": int,
+    "history": [dict],
+    "losses": list,
+    "sums": dict,
+}
 STEPS_BETWEEN_STOP_CHECKS = 20  # with several processes, which have to agree
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoopConfig:
-    """What decides the result of a run, beside the data and the network; recorded in its checkpoint.
-
-    Attributes:
-        epochs: passes over the training images.
-        batch_size: images per optimizer step over all processes; the last partial batch is kept.
-        learning_rate: of the optimizer: constant, or the peak of the schedule.
-        warmup_steps: over which the learning rate rises to it, linearly; 0 in the method.
-        seed: of initialisation, order, augmentation, noise and dropout, each a stream of its own.
-        precision: "fp32" or "bf16", under which the networks run; losses are always fp32.
-    """
-
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    seed: int
-    precision: str
-    warmup_steps: int = 0
 
 
 class Objective(Protocol):
@@ -137,6 +118,7 @@ def _run_epoch(network, optimizer, data, objective, config, processes, state, pr
         rows, weight = processes.share(torch.arange(start, stop_row, device=device))
         batch = data.at(order[rows])
         torch.manual_seed(derive_seed(config.seed, "dropout", epoch, step, processes.rank))
+        optimizer.zero_grad(set_to_none=True)  # before the forward pass, which needs the memory
         try:
             with autocast(device, config.precision):
                 means = objective(network, batch.images, batch.labels, *(d[rows] for d in draws))
@@ -149,7 +131,6 @@ def _run_epoch(network, optimizer, data, objective, config, processes, state, pr
         if schedule:
             for group in optimizer.param_groups:
                 group["lr"] = schedule(state.step / state.steps_per_epoch)
-        optimizer.zero_grad(set_to_none=True)
         (means["loss"] * weight).backward()
         optimizer.step()
         state.add({name: value.detach() * weight for name, value in means.items()}, stop_row - start)
@@ -240,7 +221,7 @@ class RunState:
             self.recorder.watch(line)
             if self.recorder.log:
                 with writing(self.recorder.log), open(self.recorder.log, "a") as log:
-                    log.write(json.dumps(line) + "\n")
+                    log.write(json_line(line))
         if self.epoch % self.recorder.save_every == 0 or self.epoch == self.config.epochs:
             self.save()
 
@@ -249,8 +230,9 @@ class RunState:
         return {k: v for k, v in asdict(self.config).items() if k != "epochs"} | (self.recorder.identity or {})
 
     def save(self) -> None:
-        """Write the resumable state, whole or not at all; a state with a loss that is not finite is never written."""
+        """Write the resumable state, whole or not at all; one with a loss or weights that are not finite never."""
         self.check_finite()
+        check_weights(self.model, self.epoch)
         if self.losses:  # the same on every process, so that one file can restore all
             self.losses = list(self.processes.mean(torch.stack(self.losses)))
             self.sums = {name: self.processes.mean(total) for name, total in self.sums.items()}
@@ -277,9 +259,12 @@ class RunState:
         """
         path = self.recorder.resume
         if path and path.exists():
-            saved = load_checkpoint(path, remedy="Start over with --restart")
-            if saved.get("identity") != self.identity():
-                theirs, ours = saved.get("identity") or {}, self.identity()
+            remedy = "Start over with --restart"
+            saved = load_checkpoint(path, remedy)
+            if not fits(saved, STATE):
+                raise UserError(f"{path}: is not a state of a training. {remedy}")
+            if saved["identity"] != self.identity():
+                theirs, ours = saved["identity"], self.identity()
                 differ = [
                     f"{k} was {theirs.get(k)}, is {ours.get(k)}"
                     for k in sorted(theirs.keys() | ours.keys())
@@ -295,12 +280,17 @@ class RunState:
                     f"{path} holds a run in or after its epoch {begun}, but --epochs is {self.config.epochs}. "
                     f"Ask for {begun} epochs or more, or --restart to start over"
                 )
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+            check_finite(path, saved["model"], remedy)
             device = self.processes.device
+            try:
+                self.model.load_state_dict(saved["model"])
+                self.optimizer.load_state_dict(saved["optimizer"])
+                self.losses = [loss.to(device) for loss in saved["losses"]]
+                self.sums = {name: value.to(device) for name, value in saved["sums"].items()}
+            except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+                reason = str(error).partition("\n")[0]
+                raise UserError(f"{path}: is not a state of this training ({reason}). {remedy}") from None
             self.step, self.history = saved["step"], saved["history"]
-            self.losses = [loss.to(device) for loss in saved["losses"]]
-            self.sums = {name: value.to(device) for name, value in saved["sums"].items()}
             if self.processes.is_main:
                 print(
                     f"{self.recorder.name}: resuming at epoch {self.epoch + 1}, step {self.step_in_epoch}, from {path}",
@@ -309,7 +299,22 @@ class RunState:
         if self.recorder.log and self.processes.is_main:
             with writing(self.recorder.log):
                 self.recorder.log.parent.mkdir(parents=True, exist_ok=True)
-                self.recorder.log.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+                self.recorder.log.write_text("".join(map(json_line, self.history)))
+
+
+def check_weights(model: nn.Module, epoch: int) -> None:
+    """Raise `UserError` where training has left weights that are not finite, though the losses up to there were."""
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"{name} is not finite any more in epoch {epoch}: lower --lr, or use --precision fp32; nothing is saved"
+            )
+
+
+def json_line(line: dict) -> str:
+    """An epoch's figures as a line of a log; one that is not finite, which no JSON can hold, as null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def warmup_schedule(config: LoopConfig, count: int) -> Callable[[float], float]:
@@ -328,7 +333,7 @@ def naming_compiler() -> Iterator[None]:
         yield
     except TorchDynamoException as error:
         raise UserError(
-            f"--compile: the network cannot be compiled ({str(error).splitlines()[0]}). On a CPU this takes a C++ "
+            f"--compile: the network cannot be compiled ({str(error).splitlines()[0]}). On a CPU it needs a C++ "
             "compiler such as g++: install one, or leave out --compile"
         ) from None
 

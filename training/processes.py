@@ -16,7 +16,8 @@ import torch.distributed as dist
 import torch.distributed.nn  # noqa: F401
 from torch import nn
 
-from utils import UserError, handling, pick_device
+from cli.errors import UserError, handling
+from utils import start_computing
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def joined_processes(device_name: str | None) -> Iterator[Processes]:
         yield _join(device_name, world)
     except RuntimeError as error:
         if world > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise UserError(f"another of the {world} processes ended: its own message says why") from None
+            raise UserError(f"another of the {world} processes failed; see its own message") from None
         raise
     finally:
         if dist.is_initialized():
@@ -90,7 +91,7 @@ def joined_processes(device_name: str | None) -> Iterator[Processes]:
 
 def _join(device_name: str | None, world: int) -> Processes:
     """Each process takes the GPU of its local rank, or the CPU."""
-    device = pick_device(device_name)
+    device = start_computing(device_name)
     if world == 1:
         return Processes(device)
     if device.type == "cuda":

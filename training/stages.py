@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from datasets.tasks import Task
+from training.compact_cvae import compact, expand
 from training.loop import Objective
 from training.train_classifier import ClassifierObjective, build_classifier, evaluate_classifier
 from training.train_cvae import CVAEObjective, build_cvae, collapse_remark, evaluate_cvae
@@ -20,17 +21,22 @@ class Stage:
     Attributes:
         build: the untrained network of a task.
         objective: what a task's training minimises.
-        evaluate: (model, test images, number of IND classes, precision) -> figures.
-        remark: figures -> what the user should know about them, or nothing.
+        evaluate: (model, test images, number of IND classes, precision) -> metrics.
+        remark: metrics -> what the user should know about them, or nothing.
+        compact, expand: bring the network into the form in which it is trained, and back, both in place.
     """
 
     build: Callable[[Task], nn.Module]
     objective: Callable[[Task], Objective]
     evaluate: Callable[..., dict[str, float]]
-    remark: Callable[[dict[str, float]], str] = lambda figures: ""
+    remark: Callable[[dict[str, float]], str] = lambda metrics: ""
+    compact: Callable[[nn.Module], None] = lambda model: None
+    expand: Callable[[nn.Module], None] = lambda model: None
 
 
 STAGES = {
     "train_classifier": Stage(build_classifier, lambda task: ClassifierObjective(task.augment), evaluate_classifier),
-    "train_cvae": Stage(build_cvae, lambda task: CVAEObjective(task.kl_weight), evaluate_cvae, collapse_remark),
+    "train_cvae": Stage(
+        build_cvae, lambda task: CVAEObjective(task.kl_weight), evaluate_cvae, collapse_remark, compact, expand
+    ),
 }

@@ -52,11 +52,11 @@ def evaluate_cvae(model: ConditionalVAE, data: Images, num_ind: int, precision: 
     return {"mse": squares.mean().item(), "kl_nats": kl_divergence(mean, logvar).mean().item()}
 
 
-COLLAPSED = 0.1  # nats: below, the latents tell nothing of the image
+COLLAPSED = 0.1  # nats: below, the latents carry no information about the image
 
 
-def collapse_remark(figures: dict[str, float]) -> str:
+def collapse_remark(metrics: dict[str, float]) -> str:
     """What to do about a posterior that carries no information, or nothing."""
-    if figures["kl_nats"] >= COLLAPSED:
+    if metrics["kl_nats"] >= COLLAPSED:
         return ""
     return "\nThe posterior has collapsed: the decoder ignores its latents. Try --warmup 200 or another --seed"

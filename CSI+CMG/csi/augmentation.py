@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from utils import UserError, autocast
+from cli.errors import UserError
+from utils import autocast
 
 ROTATIONS = 4
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from csi.augmentation import ROTATIONS
 from csi.options import CSIData, remedy
+
 from models.layers import ResNet18
 from training.checkpoints import fill_network, read_state
 
@@ -64,7 +65,7 @@ class Bn1AndLinear(nn.Module):
     """The first public code's stage 2: `bn1`'s weight and bias are tuned along with `linear`.
 
     A head on pixels [B, 3 * 32 * 32]: its parameters are those two layers', the rest of the network is frozen
-    inside. With `bn1` in motion no feature is constant, so every step passes through the whole network.
+    inside. While `bn1` changes, no feature is constant, so every step passes through the whole network.
     """
 
     def __init__(self, network: CSINet):
@@ -97,5 +98,5 @@ def load_finished(path: Path, data: CSIData, device: torch.device) -> tuple[CSIN
     """
     mode = "sup_CSI_linear"
     expected = {"dataset": data.name, "command": mode}
-    model, origin = load_csi(path, data.classes, expected, remedy(data, mode))
+    model, origin = load_csi(path, data.experiment.num_ind, expected, remedy(data, mode))
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), origin

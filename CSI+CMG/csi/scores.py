@@ -7,6 +7,7 @@ from torch import Tensor
 
 from csi.augmentation import ROTATIONS
 from csi.network import CSINet
+
 from datasets.datasetsHelper import to_float
 from models.inference import in_chunks
 

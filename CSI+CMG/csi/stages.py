@@ -13,6 +13,7 @@ from csi.augmentation import RandomAugmentation, joint_labels, make_views, rotat
 from csi.loss import supervised_contrastive
 from csi.network import CSINet
 from csi.optimizers import LARS, Together, step_decay, warmup_cosine
+
 from datasets.datasetsHelper import to_float
 from training.loop import Objective
 
@@ -87,7 +88,7 @@ def prepare_linear(model: CSINet, learning_rate: float) -> torch.optim.Optimizer
 
 
 @dataclass(frozen=True)
-class Stage:
+class Training:
     """One training mode.
 
     Attributes:
@@ -101,9 +102,9 @@ class Stage:
     schedule: Callable[[float, float, int, int], float]
 
 
-STAGES = {
-    "sup_simclr_CSI": Stage(prepare_representation, Representation, warmup_cosine),
-    "sup_CSI_linear": Stage(
+TRAININGS = {
+    "sup_simclr_CSI": Training(prepare_representation, Representation, warmup_cosine),
+    "sup_CSI_linear": Training(
         prepare_linear, LinearLayers, lambda progress, start, warmup, epochs: step_decay(progress, start, epochs)
     ),
 }

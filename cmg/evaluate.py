@@ -1,0 +1,87 @@
+"""What `python -m eval` does once its arguments are read: load, run stage 2, print and write the results."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from cli.files import write_json
+from cmg.config import FineTuneConfig, Request, config_for
+from cmg.detector import CMGDetector
+from cmg.engine import Run
+from cmg.results import save_scores
+from cmg.stage2 import Stage2Inputs, load_inputs, run_stage2
+from datasets.datasetsHelper import to_float
+from evaluation.report import format_ind_table, format_table, left_out
+from models.inference import in_chunks
+from utils import environment, pick_precision, start_computing
+
+
+def evaluate(
+    request: Request, baselines: Sequence[str], output: Path, scores: Path | None, detector: Path | None
+) -> None:
+    """Run stage 2, print its tables, and write the results and, where they are named, scores and detector.
+
+    Raises:
+        UserError: a checkpoint or the images are not what they should be, or a file cannot be written.
+    """
+    device = start_computing(request.device)
+    config = config_for(
+        request.experiment,
+        pick_precision(request.precision, device, request.experiment.task.precision),
+        **request.options,
+    )
+    inputs = load(request, device)
+    print(f"{request.experiment} on {device} in {config.precision}: {inputs.data.summary}", flush=True)
+    results = run_stage2(
+        inputs, config, request.modes, request.seeds, score_pseudo=scores is not None, baselines=baselines
+    )
+    tables = results.tables()
+    about = describe("eval", request, inputs, device) | {"config": asdict(config)}
+    write_json(output, about | tables)
+    written = [str(output)]
+    if scores:
+        save_scores(scores, results.scored)
+        written.append(str(scores))
+    if detector:
+        made = make_detector(inputs, results.runs[0], config)
+        made.save(detector, about, request.experiment.name)
+        written.append(f"{detector}: {made.rule()}")
+    print(f"\n{format_table(tables['detection'], left_out([tables]))}\n\n{format_ind_table(tables['ind'])}\n")
+    print("\n".join(f"wrote {one}" for one in written))
+
+
+def load(request: Request, device: torch.device) -> Stage2Inputs:
+    """The networks and images of stage 2. Raises `UserError`."""
+    return load_inputs(request.experiment, request.paths, request.ood_names, request.data_dir, device)
+
+
+def describe(module: str, request: Request, inputs: Stage2Inputs, device: torch.device) -> dict:
+    """What a file of results says of how it was made, beside the configuration of stage 2."""
+    return {
+        "command": shlex.join(["python", "-m", module, *request.argv]),
+        "task": request.experiment.name,
+        "partition": request.experiment.partition,
+        "positive_class": "OOD",
+        "seeds": request.seeds,
+        "images": inputs.data.counts(),
+        "checkpoints": {
+            command: {"file": str(path), "origin": inputs.origins[command]} for command, path in request.paths.items()
+        },
+        "environment": environment(device),
+    }
+
+
+def make_detector(inputs: Stage2Inputs, run: Run, config: FineTuneConfig) -> CMGDetector:
+    """The classifier with the head that `run` ended with, and the threshold that 95 % of the IND images kept from
+    training, or where there are none of the IND test images, do not exceed in the precision of `config`."""
+    kept, data = len(inputs.data.validation), inputs.data
+    name, images = ("IND validation", data.validation.images) if kept else ("IND test", data.test.images)
+    detector = CMGDetector(inputs.classifier, None, config, run.mode, run.seed, inputs.experiment.class_names).adopt(
+        run.last
+    )
+    return detector.calibrate(in_chunks(lambda part: detector.features(to_float(part)), images, config.precision), name)

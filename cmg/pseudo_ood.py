@@ -1,0 +1,147 @@
+"""Pseudo-OOD images: random codes, decoded under class-mixed embeddings, and their features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cli.progress import Progress
+from cmg.config import FineTuneConfig
+from cmg.mixing import MIXINGS, mix_embeddings
+from models.inference import CHUNK
+from models.vae import ConditionalVAE
+from utils import autocast, check_memory, generator
+
+
+class Codes(NamedTuple):
+    """The random numbers behind N pseudo-OOD images; row n makes image n, whatever the batching.
+
+    Attributes:
+        noise: [N, z_dim], standard normal.
+        first, second: [N], the two classes.
+        weight: [N, z_dim], of the first class in each dimension of the embedding: 0 or 1 in the method.
+    """
+
+    noise: Tensor
+    first: Tensor
+    second: Tensor
+    weight: Tensor
+
+    def to(self, device: torch.device) -> Codes:
+        return Codes(*(field.to(device, non_blocking=True) for field in self))
+
+    def rows(self, start: int, stop: int) -> Codes:
+        return Codes(*(field[start:stop] for field in self))
+
+
+def draw_codes(count: int, z_dim: int, config: FineTuneConfig, generator: torch.Generator) -> Codes:
+    """Draw two IND classes per image independently and uniformly (they may coincide), the latent noise, and the weights
+    with which their embeddings are mixed. Every mixing sees the same numbers."""
+    first, second = torch.randint(config.num_ind, (2, count), generator=generator)
+    noise = torch.randn(count, z_dim, generator=generator)
+    uniform = torch.rand(count, z_dim, generator=generator)
+    return Codes(noise, first, second, MIXINGS[config.mixing].weights(uniform, config.mixing_probability))
+
+
+def decode(vae: ConditionalVAE, codes: Codes, sigma: float) -> Tensor:
+    """Decode z = sigma * noise under the class-mixed embeddings: pseudo-OOD images [N, C, S, S] in [0, 1]."""
+    mixed = mix_embeddings(vae.embed(codes.first), vae.embed(codes.second), codes.weight)
+    return vae.decode(sigma * codes.noise, mixed)
+
+
+@dataclass(frozen=True)
+class PseudoOOD:
+    """Makes the features of pseudo-OOD images, as `config` asks for them.
+
+    Attributes:
+        vae: in eval mode.
+        features: images [B, C, S, S] in [0, 1] -> features [B, F], of the frozen extractor in eval mode.
+    """
+
+    vae: ConditionalVAE
+    features: Callable[[Tensor], Tensor]
+    config: FineTuneConfig
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.vae.parameters()).device
+
+    def draw(self, count: int, generator: torch.Generator) -> Codes:
+        """The random numbers of `count` images. Raises `MemoryShortage` where there is no room for so many."""
+        needed = count * 4 * (4 + 3 * self.vae.z_dim)
+        check_memory(needed, torch.device("cpu"), f"noise for {count:,} pseudo-OOD images")
+        return draw_codes(count, self.vae.z_dim, self.config, generator)
+
+    @torch.no_grad()
+    def encode(self, codes: Codes, progress: Progress | None = None) -> Tensor:
+        """Features [N, F] of the images of N codes. Raises `MemoryShortage` where there is no room for them."""
+        parts, chunk, count = [], CHUNK[self.device.type], len(codes.first)
+        with autocast(self.device, self.config.precision):
+            for start in range(0, count, chunk):
+                images = decode(self.vae, codes.rows(start, start + chunk).to(self.device), self.config.sigma)
+                parts.append(self.features(images.float()).float())
+                if start == 0:  # they will be there in parts, as one and among those of all seeds
+                    needed = 3 * count * parts[0][0].nbytes
+                    check_memory(needed, self.device, f"the features of {count:,} pseudo-OOD images")
+                if progress:
+                    progress.advance(len(images))
+        return torch.cat(parts)
+
+    def batches(self, seeds: Sequence[int]) -> FreshFeatures | PooledFeatures:
+        """Where the batches of fine-tuning come from: made in every step, or drawn from a pool."""
+        return (PooledFeatures if self.config.pseudo_pool else FreshFeatures)(self, seeds)
+
+    def in_an_epoch(self, count: int) -> tuple[int, int]:
+        """Pseudo-OOD images for an epoch of `count` IND images, and for each of its batches but the last."""
+        size = self.config.pseudo_batch_size or self.config.batch_size
+        return -(-count * size // self.config.batch_size), size
+
+
+STEPS_PER_CHUNK = 16  # whose pseudo-OOD images are made at once
+
+
+class FreshFeatures:
+    """New pseudo-OOD images for every step, as the method has it."""
+
+    def __init__(self, pseudo: PseudoOOD, seeds: Sequence[int]):
+        self.pseudo, self.seeds = pseudo, seeds
+
+    def for_margins(self, count: int) -> Iterator[Tensor]:
+        """Yield features [count, F] for each seed."""
+        progress = Progress(len(self.seeds) * count, "margins")
+        for seed in self.seeds:
+            yield self.pseudo.encode(self.pseudo.draw(count, generator(seed, "margins")), progress)
+        progress.close()
+
+    def of_epoch(self, epoch: int, count: int) -> Iterator[Tensor]:
+        """Yield features [S, P, F] for each batch of an epoch of `count` IND images."""
+        total, size = self.pseudo.in_an_epoch(count)
+        codes = [self.pseudo.draw(total, generator(seed, "pseudo", epoch)) for seed in self.seeds]
+        chunk = STEPS_PER_CHUNK * size
+        for start in range(0, total, chunk):
+            features = torch.stack([self.pseudo.encode(c.rows(start, start + chunk)) for c in codes])
+            yield from features.split(size, dim=1)
+
+
+class PooledFeatures:
+    """Draws with replacement from a pool of pseudo-OOD images, made once for each seed."""
+
+    def __init__(self, pseudo: PseudoOOD, seeds: Sequence[int]):
+        self.pseudo, self.seeds, self.size = pseudo, seeds, pseudo.config.pseudo_pool
+        codes = [pseudo.draw(self.size, generator(seed, "pool")) for seed in seeds]
+        self.pools = torch.stack([pseudo.encode(one) for one in codes])
+
+    def for_margins(self, count: int) -> Tensor:
+        """The pools themselves, whatever the count: [S, N, F]."""
+        return self.pools
+
+    def of_epoch(self, epoch: int, count: int) -> Iterator[Tensor]:
+        """Yield features [S, P, F] for each batch of an epoch of `count` IND images."""
+        total, size = self.pseudo.in_an_epoch(count)
+        draws = [torch.randint(self.size, (total,), generator=generator(seed, "pseudo", epoch)) for seed in self.seeds]
+        for rows in torch.stack(draws).to(self.pools.device).split(size, dim=1):
+            yield torch.stack([pool[r] for pool, r in zip(self.pools, rows, strict=True)])

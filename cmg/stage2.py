@@ -1,0 +1,112 @@
+"""Stage 2 from checkpoints and images to results: encode once, fine-tune, score every OOD set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cmg.config import JOINT, FineTuneConfig
+from cmg.data import FeatureBank, Stage2Data, load_data
+from cmg.engine import fine_tune
+from cmg.joint import train_jointly
+from cmg.pseudo_ood import PseudoOOD
+from cmg.results import Results, Scored, compare, pretrained_scores, run_scores
+from datasets.tasks import Experiment
+from models.inference import for_inference
+from models.main_model import MainModel
+from models.vae import ConditionalVAE
+from training.networks import load_networks
+
+TUNABLE = {"head": "classifier", "last-layer": "classifier.fc2"}  # what --tune names -> submodule of MainModel
+
+
+@dataclass(frozen=True)
+class Stage2Inputs:
+    """The networks that stage 1 made, how each was made by training command, and the images."""
+
+    experiment: Experiment
+    classifier: MainModel
+    cvae: ConditionalVAE
+    origins: dict[str, dict]
+    data: Stage2Data
+
+
+def load_inputs(
+    experiment: Experiment,
+    paths: Mapping[str, Path],
+    ood_names: Sequence[str],
+    data_dir: Path,
+    device: torch.device,
+) -> Stage2Inputs:
+    """Everything that stage 2 needs; see `load_networks` and `load_data`, whose `UserError`s it raises."""
+    classifier, cvae, origins = load_networks(experiment, paths, device)
+    made = {"the classifier": origins["train_classifier"], "the CVAE": origins["train_cvae"]}
+    return Stage2Inputs(experiment, classifier, cvae, origins, load_data(experiment, ood_names, data_dir, made, device))
+
+
+def split_model(model: MainModel, tune: str) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
+    """The frozen part, images [B, C, S, S] -> [B, F], and the part that is fine-tuned, [B, F] -> [B, classes].
+
+    `tune` is "head", as in the method, or "last-layer", which freezes the head's first layer too.
+    """
+    tuned = model.get_submodule(TUNABLE[tune])
+    if tune == "head":
+        return model.features, tuned
+    return lambda images: model.classifier.hidden(model.features(images)), tuned
+
+
+def run_stage2(
+    inputs: Stage2Inputs,
+    config: FineTuneConfig,
+    modes: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    score_pseudo: bool = False,
+    baselines: Sequence[str] = (),
+    banks: dict[tuple[str, str], FeatureBank] | None = None,
+) -> Results:
+    """Fine-tune what `config.tune` names of the classifier for every mode and seed, and score every OOD set; or, where
+    it is "joint", train the task's classifier anew for each, see `cmg.joint`.
+
+    Args:
+        score_pseudo: score as many new pseudo-OOD images as there are IND test images, too.
+        baselines: post-hoc detectors to report beside it, of `evaluation.baselines.POST_HOC`.
+        banks: keeps the features of the images, by what is split off and precision, from one call with the same
+            inputs to the next.
+    """
+    compared, left_out = compare(inputs.classifier, inputs.data, config, baselines) if baselines else ([], {})
+    split = "head" if config.tune == JOINT else config.tune
+    features, head = split_model(for_inference(inputs.classifier), split)
+    banks, key = {} if banks is None else banks, (split, config.precision)
+    if key not in banks:
+        banks[key] = inputs.data.encode(features, config.precision)
+    pseudo = PseudoOOD(for_inference(inputs.cvae), features, config)
+    if config.tune != JOINT:
+        results = tune_and_score(head, banks[key], pseudo, modes, seeds, score_pseudo, compared)
+        return replace(results, left_out=left_out)
+    scored = [*pretrained_scores(head, banks[key]), *compared]
+    runs, more = train_jointly(
+        inputs.experiment.task, inputs.data, head, banks[key], pseudo, modes, seeds, score_pseudo
+    )
+    return Results(scored + more, runs, banks[key], config, left_out)
+
+
+def tune_and_score(
+    head: nn.Module,
+    bank: FeatureBank,
+    pseudo: PseudoOOD,
+    modes: Sequence[str],
+    seeds: Sequence[int],
+    score_pseudo: bool = False,
+    compared: Sequence[Scored] = (),
+) -> Results:
+    """Fine-tune `head` for every mode and seed, in copies, and score every OOD set; `compared` are other detectors."""
+    runs = fine_tune(head, bank, pseudo, modes, seeds)
+    scored = [*pretrained_scores(head, bank), *compared]
+    for run in runs:
+        scored += run_scores(head, bank, run, pseudo, score_pseudo)
+    return Results(scored, runs, bank, pseudo.config)
