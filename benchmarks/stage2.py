@@ -35,7 +35,6 @@ from cli.options import positive_int
 from cmg.config import config_for
 from cmg.data import Stage2Data
 from cmg.engine import fine_tune
-from cmg.losses import MODES
 from cmg.pseudo_ood import PseudoOOD, decode, draw_codes
 from cmg.reference import reference
 from cmg.stage2 import load_inputs
@@ -90,84 +89,89 @@ def main(args: argparse.Namespace) -> None:
     if args.trained:
         compare_curves(Work(MNIST, *trained(args.trained, args.data_dir, scale, device), 1, device), auto, seed=0)
         return
-    modes, seeds = list(MODES), list(range(SEEDS))
     repeats = (1, 1) if args.quick else (3, 8)  # rounds, and chunks in a row, of the networks alone
-    single = ["CMG-energy"], seeds[:1]  # the mode that needs margins too
+    setting2_scale = args.setting2_scale or (3000 if args.quick else 100)
+    found = setting1(scale, auto, repeats, device) | setting2(setting2_scale, auto, repeats, device)
+    print_json(found | {"peak_mib": peak_mib(device)} | environment(device))
+
+
+SINGLE = ["CMG-energy"], [0]  # one mode, which needs margins too, and one seed
+BOTH_MODES, SEED_LIST = ["CMG-energy", "CMG-softmax"], list(range(SEEDS))
+
+
+def setting1(scale: int, auto: str, repeats: tuple[int, int], device: torch.device) -> dict:
+    """MNIST's sizes: one mode and seed, and both modes with all seeds."""
     sizes = {"train": 36017, "test": 6031, "ood": {"held-out-classes": 3969}}
     work = Work(MNIST, *untrained(MNIST, sizes, scale, device), scale, device)
-    single_plain, plain_curve, plain_images = work.plain(*single)
-    single_engine, (engine_curve,), engine_images = work.engine(*single, "fp32")
-    single_auto, (auto_curve,), _ = work.engine(*single, auto)
-    batched_engine, fp32_curves, batched_images = work.engine(modes, seeds, "fp32")
-    batched_auto, auto_curves, _ = work.engine(modes, seeds, auto)
-    arithmetic = work.arithmetic(len(seeds), auto, *repeats)
-    batched_plain = single_plain * len(modes) * len(seeds)  # independent runs of the same size
-    checks, pairs = len(plain_curve), len(work.data.test) * len(work.data.ood["held-out-classes"])
+    plain, plain_curve, plain_images = work.plain(*SINGLE)
+    engine, (engine_curve,), engine_images = work.engine(*SINGLE, "fp32")
+    in_auto, (auto_curve,), _ = work.engine(*SINGLE, auto)
+    batched, fp32_curves, batched_images = work.engine(BOTH_MODES, SEED_LIST, "fp32")
+    batched_auto, auto_curves, _ = work.engine(BOTH_MODES, SEED_LIST, auto)
+    arithmetic = work.arithmetic(SEEDS, auto, *repeats)
+    runs = len(BOTH_MODES) * SEEDS  # independent, and of the same size
+    print(f"one mode and seed: plain {plain:.1f} s, engine {engine:.1f} s, in auto precision {in_auto:.1f} s")
+    print(
+        f"2 modes, 5 seeds: plain {runs * plain:.1f} s (10 times the above), engine {batched:.1f} s, "
+        f"in auto precision {batched_auto:.1f} s, of which the networks take {arithmetic:.1f} s"
+    )
     last = {  # mode -> precision -> spread over seeds
         mode: {
             precision: spread([curve[-1] for curve in curves[m * SEEDS : (m + 1) * SEEDS]])
             for precision, curves in {"fp32": fp32_curves, auto: auto_curves}.items()
         }
-        for m, mode in enumerate(modes)
+        for m, mode in enumerate(BOTH_MODES)
     }
-    print(
-        f"one mode and seed: plain {single_plain:.1f} s, engine {single_engine:.1f} s, "
-        f"in auto precision {single_auto:.1f} s"
-    )
-    print(
-        f"2 modes, 5 seeds: plain {batched_plain:.1f} s (10 times the above), engine {batched_engine:.1f} s, "
-        f"in auto precision {batched_auto:.1f} s, of which the networks take {arithmetic:.1f} s"
-    )
+    return {
+        "ratio_single": round(plain / engine, 2),
+        "ratio_batched": round(runs * plain / batched, 2),
+        "ratio_auto_precision": round(engine / in_auto, 2),
+        "ratio_batched_auto_precision": round(batched / batched_auto, 2),
+        "auroc_difference": largest_difference(plain_curve, engine_curve),
+        "auroc_difference_first_check": abs(plain_curve[0] - engine_curve[0]),
+        "auroc_of_one_pair": 1 / (len(work.data.test) * len(work.data.ood["held-out-classes"])),
+        "auroc_difference_auto_precision": largest_difference(plain_curve, auto_curve),
+        "auroc_last": last,
+        "arithmetic_share": round(arithmetic / batched_auto, 3),
+        "checks": len(plain_curve),
+        "checks_at_full_size": 213,
+        "images_plain": plain_images,
+        "images_engine": engine_images,
+        "images_ratio_batched": round(plain_images * runs / batched_images, 2),
+    }
 
+
+def setting2(scale: int, auto: str, repeats: tuple[int, int], device: torch.device) -> dict:
+    """CIFAR-10's sizes: both modes and all seeds against six OOD sets."""
     sizes = {"train": 50000, "test": 10000, "ood": OOD_SIZES}
-    scale = args.setting2_scale or (3000 if args.quick else 100)
     work = Work("different_dataset", *untrained("different_dataset", sizes, scale, device), scale, device)
-    setting2_plain, setting2_plain_images = 0.0, 0
+    plain, plain_images = 0.0, 0
     for name, count in (("SVHN", 1), ("LSUN", 5)):  # the others are of LSUN's size
-        taken, setting2_curve, pushed = work.plain(*single, [name])
-        setting2_plain += taken * count * len(modes) * len(seeds)
-        setting2_plain_images += pushed * count * len(modes) * len(seeds)
-    setting2_engine, _, setting2_images = work.engine(modes, seeds, "fp32")
-    setting2_auto, _, _ = work.engine(modes, seeds, auto)
-    setting2_arithmetic = work.arithmetic(len(seeds), "fp32", *repeats)
+        taken, curve, pushed = work.plain(*SINGLE, [name])
+        plain += taken * count * len(BOTH_MODES) * SEEDS
+        plain_images += pushed * count * len(BOTH_MODES) * SEEDS
+    engine, _, images = work.engine(BOTH_MODES, SEED_LIST, "fp32")
+    in_auto, _, _ = work.engine(BOTH_MODES, SEED_LIST, auto)
+    arithmetic = work.arithmetic(SEEDS, "fp32", *repeats)
     print(
-        f"Setting 2: plain {setting2_plain:.1f} s (10 times 6 runs), engine {setting2_engine:.1f} s, of which the "
-        f"networks take {setting2_arithmetic:.1f} s, in auto precision {setting2_auto:.1f} s"
+        f"Setting 2: plain {plain:.1f} s (10 times 6 runs), engine {engine:.1f} s, of which the "
+        f"networks take {arithmetic:.1f} s, in auto precision {in_auto:.1f} s"
     )
-    print_json(
-        {
-            "ratio_single": round(single_plain / single_engine, 2),
-            "ratio_batched": round(batched_plain / batched_engine, 2),
-            "ratio_setting2": round(setting2_plain / setting2_engine, 2),
-            "ratio_auto_precision": round(single_engine / single_auto, 2),
-            "ratio_batched_auto_precision": round(batched_plain / batched_auto, 2),
-            "ratio_setting2_auto_precision": round(setting2_plain / setting2_auto, 2),
-            "auroc_difference": largest_difference(plain_curve, engine_curve),
-            "auroc_difference_first_check": abs(plain_curve[0] - engine_curve[0]),
-            "auroc_of_one_pair": 1 / pairs,
-            "auroc_difference_auto_precision": largest_difference(plain_curve, auto_curve),
-            "auroc_last": last,
-            "arithmetic_share": round(arithmetic / batched_auto, 3),
-            "setting2_arithmetic_share_fp32": round(setting2_arithmetic / setting2_engine, 3),
-            "checks": checks,
-            "checks_at_full_size": 213,
-            "setting2_checks": len(setting2_curve),
-            "setting2_checks_at_full_size": 60,
-            "images_plain": plain_images,
-            "images_engine": engine_images,
-            "images_ratio_batched": round(plain_images * len(modes) * len(seeds) / batched_images, 2),
-            "images_ratio_setting2": round(setting2_plain_images / setting2_images, 2),
-            "peak_mib": peak_mib(device),
-        }
-        | environment(device)
-    )
+    return {
+        "ratio_setting2": round(plain / engine, 2),
+        "ratio_setting2_auto_precision": round(engine / in_auto, 2),
+        "setting2_arithmetic_share_fp32": round(arithmetic / engine, 3),
+        "setting2_checks": len(curve),
+        "setting2_checks_at_full_size": 60,
+        "images_ratio_setting2": round(plain_images / images, 2),
+    }
 
 
 def compare_curves(work: Work, auto: str, seed: int) -> None:
     """Print how far the AUROC curves of the engine are from those of the plain side, mode by mode."""
 
     metrics = {}
-    for mode in MODES:
+    for mode in BOTH_MODES:
         _, plain, _ = work.plain([mode], [seed])
         metrics[mode] = {"auroc_first": plain[0], "auroc_last": plain[-1]}
         for precision in dict.fromkeys(("fp32", auto)):

@@ -100,7 +100,8 @@ def make_fix(name: str, recipe: Recipe, source: Path, data_dir: Path, seed: int)
     Raises:
         UserError: the source lacks classes or images, one cannot be decoded, or the folder exists.
     """
-    from datasets.folders import decoded, for_each, in_mode, raise_all
+    from datasets.decoding import decoded, in_mode
+    from datasets.folders import for_each, raise_all
     from datasets.obtain import write_record
 
     target, staging = data_dir / recipe.folder, data_dir / f".{recipe.folder}.making"
@@ -199,7 +200,7 @@ def shrink(image):
     """A PIL image of any size -> 32x32: short side to 256, the middle 256x256, then 32x32, averaging throughout."""
     from PIL import Image
 
-    from datasets.folders import square
+    from datasets.decoding import square
 
     return square(image, MIDDLE).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
 

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from cli.errors import UserError
-from datasets import folders, obtain
+from datasets import decoding, obtain
 from datasets.datasetsHelper import load_ind, load_ood
-from datasets.folders import decode_image, list_images, read_chunks, read_images, search, square
+from datasets.decoding import decode_image, square
+from datasets.folders import list_images, read_chunks, read_images, search
 from datasets.tasks import Experiment, custom_task
 from tests.tiny_data import write_folder
 
@@ -296,7 +297,7 @@ def test_cutting_first_gives_what_cutting_last_gave(size, side):
 def test_what_is_too_large_is_a_complaint_and_the_others_are_decoded(tmp_path, monkeypatch):
     paths = write_folder(tmp_path, "a", 4)
     Image.new("L", (100, 300)).save(paths[1])
-    monkeypatch.setattr(folders, "MOST_PIXELS", 20_000)
+    monkeypatch.setattr(decoding, "MOST_PIXELS", 20_000)
     (chunk,) = read_chunks(paths[1:], 3, 32, 4, ahead=0)
     assert [complaint is None for complaint in chunk.complaints] == [False, True, True]
 

@@ -21,7 +21,8 @@ from cmg.config import FineTuneConfig
 from cmg.detector import CMGDetector
 from cmg.predict import COLUMNS, format_predictions, predict_files, write_csv
 from datasets import folders
-from datasets.folders import decode_image, open_file, read_chunks
+from datasets.decoding import decode_image, open_file
+from datasets.folders import read_chunks
 from models.main_model import MainModel
 from tests.tiny_data import write_folder
 from utils import save_checkpoint

@@ -19,7 +19,8 @@ from scipy.io import savemat
 from cli.errors import UserError
 from datasets import folders, obtain
 from datasets.datasetsHelper import READERS, load_ind, load_ood
-from datasets.folders import decode_image, list_images, read_images, square
+from datasets.decoding import decode_image, square
+from datasets.folders import list_images, read_images
 from datasets.formats import read_idx
 from datasets.tasks import HELD_OUT, TASKS, Experiment
 from tests.tiny_data import (
