@@ -265,9 +265,15 @@ def numpy_values() -> list:
 
 
 def check_finite(path: Path, values: dict, remedy: str) -> None:
-    """Raise `UserError` naming the first of the tensors or numbers read from `path` that is not finite throughout."""
+    """Raise `UserError` naming the first of the tensors or numbers read from `path` that is not finite throughout, or
+    that is no ordinary tensor: sparse, quantized, complex or without values."""
     for name, value in values.items():
         if isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_complex():
+                kind = "without values" if value.is_meta else f"{value.layout} of {value.dtype}".replace("torch.", "")
+                raise UserError(
+                    f"{path}: the tensor {name} is {kind}; expected an ordinary one of real numbers. {remedy}"
+                )
             bad = int((~value.isfinite()).sum()) if value.is_floating_point() else 0
             if bad:
                 raise UserError(f"{path}: {bad:,} of the {value.numel():,} values of {name} are not finite. {remedy}")

@@ -34,6 +34,7 @@ from cmg.stage2 import TUNABLE, split_model
 from models.inference import for_inference
 from models.main_model import MainModel
 from models.vae import ConditionalVAE
+from training.checkpoints import fill_network
 from utils import autocast, check_finite, load_checkpoint, pick_precision, save_checkpoint
 
 ACCEPTED = 0.95  # share of IND images at or below the threshold: 95 % TPR with IND as the positive class
@@ -257,13 +258,15 @@ class CMGDetector(FeaturesDetector):
             config = DetectorConfig(**content["detector"])
             score = FORMER_SCORES.get(config.score, config.score)
             model = MainModel(config.image_size, config.image_channels, config.logits, config.networks)
-            model.load_state_dict(content["model"])
+            state = dict(content["model"])
         except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError):
             raise UserError(f"{path}: is not a detector. {remedy}") from None
         known = isinstance(config.classes, tuple | list) and score in SCORES and isinstance(config.threshold, float)
-        if not known or not 0 < len(config.classes) <= config.logits:
+        known = known and config.precision in ("auto", "fp32", "bf16") and isinstance(config.threshold_from, str)
+        if not known or not len(set(config.classes)) == len(config.classes) <= config.logits or not config.classes:
             raise UserError(f"{path}: its classes, score and threshold do not go with its network. {remedy}")
-        check_finite(path, content["model"] | {"the threshold": config.threshold}, remedy)
+        check_finite(path, state | {"the threshold": config.threshold}, remedy)
+        fill_network(path, state, model, "the network that this detector names", {}, remedy)
         precision = pick_precision(precision, device, config.precision)
         # No part of fine-tuning but the score is of any use to a detector that has been fitted.
         finetuning = FineTuneConfig(num_ind=len(config.classes), sigma=1.0, score=score, precision=precision)

@@ -24,7 +24,7 @@ from cli.files import replacing
 from cli.progress import Progress
 from datasets.decoding import PILLOW_MODES, SMALL, decode_image, decoded, to_array
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
 THREADS = min(8, os.cpu_count() or 1)
 BLOCK = 512  # images handed to the threads at once
 PIECE = 32  # images that one of several threads decodes in one go

@@ -179,6 +179,42 @@ def test_csi_refuses_weights_that_are_not_finite_by_name(tmp_path):
         load_csi(tmp_path / "x.model", 10, {}, "REMEDY")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda bias: bias.to("meta"), "the tensor classifier.fc2.bias is without values; expected an ordinary one of"),
+        (
+            lambda bias: bias.to_sparse(),
+            "the tensor classifier.fc2.bias is sparse_coo of float32; expected an ordinary",
+        ),
+        (lambda bias: bias.to(torch.complex64), "the tensor classifier.fc2.bias is strided of complex64; expected an"),
+        (lambda bias: bias.to(torch.int64), "classifier.fc2.bias holds torch.int64, expected torch.float32"),
+        (lambda bias: bias.tolist(), "classifier.fc2.bias is of the kind list, expected a tensor"),
+    ],
+)
+def test_tensors_of_another_kind_are_refused_rather_than_converted(tmp_path, change, message):
+    model = build_classifier(TASKS["same_dataset_digits"])
+    state = dict(model.state_dict())
+    state["classifier.fc2.bias"] = change(state["classifier.fc2.bias"])
+    torch.save(state, tmp_path / "c.pkl")
+    with pytest.raises(UserError) as refusal:
+        load_network(tmp_path / "c.pkl", model, "the classifier", {}, "Remedy")
+    assert str(refusal.value).startswith(f"{tmp_path}/c.pkl: {message}") and str(refusal.value).endswith(". Remedy")
+
+
+def test_half_precision_is_taken_and_variances_below_0_are_not(tmp_path):
+    model = build_classifier(TASKS["same_dataset_digits"])
+    state = {
+        name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()
+    }
+    torch.save(state, tmp_path / "c.pkl")
+    assert load_network(tmp_path / "c.pkl", model, "the classifier", {}, "Remedy") == {}
+    state["convE.bn1.running_var"][0] = -1
+    torch.save(state, tmp_path / "c.pkl")
+    with pytest.raises(UserError, match=r"c\.pkl: convE\.bn1\.running_var holds variances below 0\. Remedy$"):
+        load_network(tmp_path / "c.pkl", model, "the classifier", {}, "Remedy")
+
+
 def detector_content() -> dict:
     config = DetectorConfig(
         task="t", classes=("a", "b"), image_size=8, image_channels=1, logits=3, networks="mnist", score="CMG-energy",
@@ -198,6 +234,10 @@ def detector_content() -> dict:
         ({"score": "another"}, "its classes, score and threshold do not go with its network. Make one with"),
         ({"classes": ("a", "b", "c", "d")}, "its classes, score and threshold do not go with its network. Make one"),
         ({"classes": 3}, "its classes, score and threshold do not go with its network. Make one with"),
+        ({"classes": ("a", "a")}, "its classes, score and threshold do not go with its network. Make one with"),
+        ({"precision": "int3"}, "its classes, score and threshold do not go with its network. Make one with"),
+        ({"threshold_from": 17}, "its classes, score and threshold do not go with its network. Make one with"),
+        ({"logits": 4}, "classifier.fc2.weight is [3, 512], expected [4, 512]: it is the network that this detector"),
         ({"networks": "nowhere"}, "is not a detector. Make one with"),
     ],
 )

@@ -396,7 +396,7 @@ def test_the_wrong_number_of_classes_is_refused(digits, capsys):
 
 def test_a_value_that_is_no_tensor_is_refused(digits, capsys):
     torch.save(dict(load_checkpoint(Path(CVAE))) | {"fcE.bias": 3}, CVAE)
-    assert f"{CVAE}: fcE.bias is [], expected [1024]" in error_of(capsys, eval)
+    assert f"{CVAE}: fcE.bias is of the kind int, expected a tensor" in error_of(capsys, eval)
 
 
 def test_a_damaged_checkpoint_is_refused(digits, capsys):

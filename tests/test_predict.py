@@ -313,7 +313,7 @@ def test_names_that_are_no_text_are_written_as_they_are_and_printed_escaped(imag
         (["nowhere"], "nowhere: no such file or folder; expected an image or a folder of images"),
         (["images", "nowhere"], "nowhere: no such file or folder"),
         (["images", "pipe"], "pipe: is a pipe; expected an image or a folder of images"),
-        (["empty"], "empty: no images there; expected a folder of images, in subfolders or not (.bmp .jpeg"),
+        (["empty"], "empty: no images there; expected a folder of images, in subfolders or not (.bmp .gif .jpeg"),
         (["images", "--csv", "empty"], "cannot write empty: it is a folder; name a file"),
         (["images", "--detector", "nowhere.pt"], "nowhere.pt: no such file"),
         (["images", "--detector", "cut.pt"], "cut.pt: is not a checkpoint or is damaged"),

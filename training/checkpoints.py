@@ -115,12 +115,18 @@ def fill_network(path: Path, state: dict, model: nn.Module, what: str, expected:
         found = "; ".join(f"{kind} {listed(names)}" for kind, names in (("lacks", missing), ("has", unknown)) if names)
         raise UserError(f"{path}: is not {what} ({found}). {remedy}")
     for name, tensor in ours.items():
-        if getattr(state[name], "shape", None) != tensor.shape:
-            found = list(getattr(state[name], "shape", []))
+        found = state[name]
+        if not isinstance(found, Tensor):
+            raise UserError(f"{path}: {name} is of the kind {type(found).__name__}, expected a tensor. {remedy}")
+        if found.shape != tensor.shape:
             raise UserError(
-                f"{path}: {name} is {found}, expected {list(tensor.shape)}: "
+                f"{path}: {name} is {list(found.shape)}, expected {list(tensor.shape)}: "
                 f"it is {what} of another task or number of classes. {remedy}"
             )
+        if found.is_floating_point() != tensor.is_floating_point():  # to convert it would lose digits
+            raise UserError(f"{path}: {name} holds {found.dtype}, expected {tensor.dtype}. {remedy}")
+        if name.endswith("running_var") and (found < 0).any():
+            raise UserError(f"{path}: {name} holds variances below 0. {remedy}")
     model.load_state_dict(state)
     return origin
 
