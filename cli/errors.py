@@ -59,6 +59,7 @@ def run_command(main: Callable, parser: argparse.ArgumentParser, argv: list[str]
     try:
         with handling(raise_stopped), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of an image file is said by us
+            warnings.filterwarnings("ignore", message="Validating sparse tensor")  # torch.load's; we refuse such a file
             return main(args) or 0
     except UserError as error:
         print(f"{parser.prog}: error: {printable(str(error))}", file=sys.stderr)

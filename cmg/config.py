@@ -123,10 +123,11 @@ def config_for(experiment: Experiment, precision: str, **given: object) -> FineT
     """
     task = experiment.task
     own = {"sigma": task.sigma, "epochs": task.fine_tune_epochs, "eval_every": task.eval_every}
-    own |= {"pseudo_pool": task.pseudo_pool} if given.get("tune") != JOINT else {}
     if given.get("tune") == JOINT:
         own |= {"epochs": task.epochs["train_classifier"], "batch_size": task.batch_size}
         own |= {"learning_rate": LEARNING_RATE}
+    else:
+        own |= {"pseudo_pool": task.pseudo_pool}
     return FineTuneConfig(num_ind=experiment.num_ind, precision=precision, **own | given)
 
 

@@ -243,6 +243,7 @@ def test_a_job_stops_when_its_parent_is_gone(tmp_path, monkeypatch):
     process.join()
     log = tmp_path / "partition1_seed1" / "log.txt"
     wait_for(lambda: "stopped in epoch" in log.read_text())
+    assert resume.exists() and not (tmp_path / "partition1_seed1" / "classifier.pkl").exists()
 
 
 def test_a_failed_job_is_reported_and_stops_no_other(tmp_path, monkeypatch, capsys):

@@ -367,8 +367,11 @@ def test_more_memory_than_there_is_is_refused_before_it_is_filled():
 
 
 def test_where_the_system_does_not_tell_nothing_is_refused(monkeypatch):
+    monkeypatch.setattr(utils, "free_memory", lambda device: 10**14)
+    with pytest.raises(MemoryError, match="noise would take 1,000,000.0 GB, 100,000.0 GB are free"):
+        check_memory(10**15, torch.device("cpu"), "noise")
     monkeypatch.setattr(utils, "free_memory", lambda device: None)
-    check_memory(10**15, torch.device("cpu"), "noise")
+    assert check_memory(10**15, torch.device("cpu"), "noise") is None
 
 
 def test_names_of_files_have_an_end():
