@@ -32,18 +32,21 @@ from cli.options import (
 )
 from cli.progress import counted
 from cmg.losses import MODES
-from datasets.tasks import add_data_arguments, experiment_from_arguments, task_names
+from datasets.tasks import add_data_arguments, add_networks_argument, experiment_from_arguments, task_names
 from reproduction import ablations
 from reproduction.jobs import Job, Step, last_line
 from training.config import LoopConfig, TrainingOptions
 
 ABLATION_SEEDS = ("1", "2", "3")
 SAMPLES, ABLATIONS = "samples.png", "ablations.json"
-SHARED = ("task", "ind_dir", "ood_dir", "image_size", "grey", "ood_dataset", "baselines", "device", "data_dir")
+SHARED = (
+    *("task", "networks", "ind_dir", "ood_dir", "image_size", "grey"),
+    *("ood_dataset", "baselines", "device", "data_dir"),
+)
 FILES = ("output", "save_scores", "params_dict_name", "params_dict_name2")
 REFUSED = {  # options of the steps that are not for the user to hand on -> what to do instead
     **{name: f"give {flag(name)} to reproduce itself" for name in SHARED},
-    **dict.fromkeys(("seed", "seeds"), "give --seeds, their number, to reproduce itself"),
+    **dict.fromkeys(("seed", "seeds"), "give --seeds and --tuning-seeds, their numbers, to reproduce itself"),
     **dict.fromkeys(FILES, "give --output, the folder of all files, to reproduce itself"),
     "partition": "give --partitions to reproduce itself",
     "mode": "give --modes to reproduce itself",
@@ -70,10 +73,17 @@ def get_parser() -> argparse.ArgumentParser:
         help="What is IND and what is OOD (default: %(default)s)",
     )
     add_machine_arguments(parser)
+    add_networks_argument(parser)
     parser.set_defaults(partition=None)
     parser.add_argument("--partitions", nargs="+", default=["all"], help="Partitions to run (default: all)")
     parser.add_argument(
         "--seeds", type=positive_int, default=5, help="Number of training seeds: 1, 2, … (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tuning-seeds",
+        type=positive_int,
+        default=1,
+        help="Number of seeds of stage 2 for each training seed (default: %(default)s)",
     )
     parser.add_argument(
         "--modes", nargs="+", choices=[*MODES, "all"], default=["all"], help="Modes of CMG (default: all)"
@@ -194,7 +204,8 @@ def make_jobs(args: argparse.Namespace) -> tuple[str, list[Job]]:
             loaded = ("--params-dict-name", str(networks["classifier"]), "--params-dict-name2", str(networks["cvae"]))
             tested = (*of_job, "--ood-dataset", *ood_names, "--mode", *modes, *loaded)
             result, scores = outputs(folder)
-            options = ("--seeds", str(seed), "--output", str(result), "--save-scores", str(scores))
+            tuning_seeds = range((seed - 1) * args.tuning_seeds + 1, seed * args.tuning_seeds + 1)
+            options = ("--seeds", *map(str, tuning_seeds), "--output", str(result), "--save-scores", str(scores))
             options += () if args.baselines is None else ("--baselines", *args.baselines)
             steps.append(Step("eval", "eval", (*tested, *options, *more["eval"]), (result, scores)))
             if not jobs:

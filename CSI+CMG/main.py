@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from csi.options import add_csi_arguments, default_checkpoint, experiment_from_csi_arguments, root
@@ -20,9 +21,14 @@ from cli.errors import run_command
 from cli.files import check_outputs, short_name
 from cli.options import add_options, add_seeds_argument, changed_options, options_given, pick_all
 from cmg.config import FineTuneConfig
+from datasets.tasks import add_networks_argument
 
 METHOD = ("epochs", "batch_size", "learning_rate", "eval_every")  # options of stage 2 that CSI+CMG has
-NAMED = ("ood_dataset", *METHOD, "train_bn1", "precision", "ood_dir", "params_dict_name", "params_dict_name2")
+NAMED = (
+    "ood_dataset",
+    *METHOD,
+    *("train_bn1", "networks", "precision", "ood_dir", "params_dict_name", "params_dict_name2"),
+)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -34,6 +40,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--params-dict-name2", type=Path, help="The CVAE's checkpoint (default: where the root's train writes it)"
     )
+    add_networks_argument(parser, " of the CVAE")
     parser.add_argument("--ood-dataset", nargs="+", default=["all"], help="OOD sets (default: all of --dataset)")
     add_seeds_argument(parser, " of stage 2")
     parser.add_argument("--output", type=Path, help="JSON file (default: ../results/csi_cmg_DATASET_seedSEEDS.json)")
@@ -53,6 +60,7 @@ def main(args: argparse.Namespace) -> None:
     from csi.before_and_after import report_before_and_after
 
     data = experiment_from_csi_arguments(args)
+    data = replace(data, experiment=data.experiment.with_networks(args.networks))
     names = pick_all("--ood-dataset", args.ood_dataset, data.experiment.task.ood_datasets, data.name)
     seeds = list(dict.fromkeys(args.seeds))
     csi_path = args.params_dict_name or default_checkpoint(data, "sup_CSI_linear")

@@ -69,7 +69,7 @@ class Task:
         precision: what `--precision auto` takes; "auto" takes bf16 where the hardware has it.
         augment: random crop and flip while the classifier trains.
         folders: the data sets that are the user's own, by name; names not found here are keys of `READERS`.
-        options: of the command line that make this task, where --task and --partition alone do not.
+        options: of the command line that make this task, where --task alone does not.
     """
 
     dataset: str
@@ -98,6 +98,9 @@ FAMILIES = {
     28: {"networks": "mnist", "sigma": 3.0, "epochs": {"train_classifier": 100, "train_cvae": 100}},
     32: {"networks": "cifar10", "sigma": 5.0, "epochs": {"train_classifier": 200, "train_cvae": 200}, "augment": True},
 }
+
+# What --networks may be, for images of 32x32 pixels -> family.
+WIDTHS = {"full": "cifar10", "narrow": "narrow"}
 
 MNIST = Task(
     dataset="mnist",
@@ -218,7 +221,25 @@ class Experiment:
     @property
     def options(self) -> tuple[str, ...]:
         """Of the command line, by which it is chosen."""
-        return self.task.options or ("--task", self.name, "--partition", self.partition)
+        which = ("--partition", self.partition) if len(self.task.partitions) > 1 else ()
+        return (*(self.task.options or ("--task", self.name)), *which)
+
+    def with_networks(self, width: str | None) -> Experiment:
+        """The same with networks of another width, a key of `WIDTHS`, of which its name tells; None: the task's own.
+
+        Raises:
+            UserError: the task's images are too small for them.
+        """
+        task = self.task
+        if width is None or WIDTHS[width] == task.networks:
+            return self
+        if task.networks not in WIDTHS.values():
+            raise UserError(
+                f"--networks {width}: {self.name} has images of {task.image_size}x{task.image_size} pixels, and these "
+                "networks take 32x32; leave it out"
+            )
+        options = (*(task.options or ("--task", self.name)), "--networks", width)
+        return replace(self, name=f"{self.name}_{width}", task=replace(task, networks=WIDTHS[width], options=options))
 
     def checkpoint(self, command: str) -> Path:
         """Where a training command writes when it isn't told: ckpt/TASK_PARTITION_NETWORK.pkl."""
@@ -345,6 +366,17 @@ def add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--partition", choices=all_partitions(), help="Which classes are IND (default: the task's first)"
     )
+    add_networks_argument(parser)
+
+
+def add_networks_argument(parser: argparse.ArgumentParser, of: str = "") -> None:
+    """How wide the networks are."""
+    parser.add_argument(
+        "--networks",
+        choices=list(WIDTHS),
+        help=f"Width{of}, for images of 32x32 pixels: full as in the method, or narrow, a quarter of the channels, for "
+        "computers without a GPU (default: the task's)",
+    )
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -373,10 +405,10 @@ def experiment_from_arguments(args: argparse.Namespace) -> Experiment:
     """The experiment that the parsed arguments ask for.
 
     Raises:
-        UserError: as `custom_task` and `Experiment.of`, or an argument does not go with the task.
+        UserError: as `custom_task`, `Experiment.of` and `with_networks`, or an argument does not go with the task.
     """
     name, task = custom_from_arguments(args) if args.task == CUSTOM else registered_from_arguments(args)
-    return Experiment.of(name, task, args.partition)
+    return Experiment.of(name, task, args.partition).with_networks(args.networks)
 
 
 def custom_from_arguments(args: argparse.Namespace) -> tuple[str, Task]:

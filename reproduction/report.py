@@ -113,11 +113,12 @@ def draw(folder: Path, results: Sequence[Result], samples: Path | None, changes:
     of_partition = [result for result in results if result.partition == first.partition]
     where = f"{first.partition}, training seed {first.seed}"
     config = first.content["config"]
-    figures = {}
+    figures, tuned = {}, {}
     for run in first.content["runs"]:
-        mode = run["mode"]
+        tuned.setdefault(run["mode"], run)
+    for mode, run in tuned.items():
         sets = {IND_TEST: IND_TEST, PSEUDO: PSEUDO, ood: f"OOD: {ood}"}
-        scores = {label: first.of(mode, "last", name) for name, label in sets.items()}
+        scores = {label: first.of(mode, "last", name)[0] for name, label in sets.items()}
         margins = run["margins"] and (run["margins"]["m_in"], run["margins"]["m_out"])
         caption = f"Scores of {mode} after the last step; {where}."
         figures[f"scores_{mode}"] = (
@@ -125,12 +126,14 @@ def draw(folder: Path, results: Sequence[Result], samples: Path | None, changes:
             caption,
         )
     detectors = {row["method"]: PRETRAINED for row in first.content["detection"] if is_baseline(row, ood)}
-    detectors |= {run["mode"]: "last" for run in first.content["runs"]}
-    curves = {name: tuple(first.of(name, at, images) for images in (IND_TEST, ood)) for name, at in detectors.items()}
+    detectors |= dict.fromkeys(tuned, "last")
+    curves = {
+        name: tuple(first.of(name, at, images)[0] for images in (IND_TEST, ood)) for name, at in detectors.items()
+    }
     figures["roc"] = (roc_curves(curves, ood), f"ROC curves against {ood}, CMG after the last step; {where}.")
     runs = [run for result in of_partition for run in result.content["runs"]]
     if all(run["curve"] for run in runs):
-        caption = f"AUROC on {ood} while the head is tuned; {first.partition}, each line a training seed."
+        caption = f"AUROC on {ood} while the head is tuned; {first.partition}, each line a seed."
         figures["steps"] = (auroc_over_steps(runs, ood, pretrained_means(of_partition, ood)), caption)
     for option, label in SWEEPS.items() if changes else ():
         points = sweep_points(changes, option)

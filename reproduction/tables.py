@@ -29,14 +29,13 @@ class Result:
     content: dict
     scores: dict[str, np.ndarray]
 
-    def of(self, method: str, at: str, images: str) -> np.ndarray:
-        """A detector's scores of a set of images, whatever its seed."""
-        (key,) = [
-            key
-            for key in self.scores
+    def of(self, method: str, at: str, images: str) -> list[torch.Tensor]:
+        """A detector's scores of a set of images, for each of its seeds."""
+        return [
+            torch.from_numpy(scores)
+            for key, scores in self.scores.items()
             if key.startswith(f"{method}/") and key.endswith(f"/{at}/{images}") and key.count("/") == 3
         ]
-        return self.scores[key]
 
 
 def read_result(partition: str, seed: int, output: Path, scores: Path) -> Result:
@@ -91,17 +90,13 @@ def differences(results: Sequence[Result], summary: Sequence[dict]) -> list[dict
         others = [row for row in of_set if row["at"] == PRETRAINED and row["auroc"]["n"] == len(results)]
         best = max(others, key=lambda row: row["auroc"]["mean"])["method"]
         for mode in (row["method"] for row in of_set if row["at"] == "last"):
-            pairs = [
-                Pair(
-                    *(
-                        torch.from_numpy(result.of(method, at, images))
-                        for method, at in ((mode, "last"), (best, PRETRAINED))
-                        for images in (IND_TEST, ood)
-                    )
-                )
-                for result in results
-            ]
-            value, low, high = paired_auroc_difference(pairs, [result.partition for result in results])
+            pairs, partitions = [], []
+            for result in results:
+                (ind,), (out,) = (result.of(best, PRETRAINED, images) for images in (IND_TEST, ood))
+                tuned = zip(*(result.of(mode, "last", images) for images in (IND_TEST, ood)), strict=True)
+                pairs += [Pair(*scores, ind, out) for scores in tuned]
+                partitions += [result.partition] * (len(pairs) - len(partitions))
+            value, low, high = paired_auroc_difference(pairs, partitions)
             found.append(
                 {
                     "ood_dataset": ood,
@@ -187,9 +182,7 @@ def notes(summary: Sequence[dict], left_out: Mapping[str, str] | None = None) ->
     """What the words in the table mean, and what is not in it."""
     used = {row["at"] for row in summary}
     sets = ", ".join(dict.fromkeys(row["ood_dataset"] for row in summary))
-    lines = [
-        f"OOD images: {sets}. {POSITIVE_CLASS}. Mean ± standard deviation over n runs: partitions and training seeds."
-    ]
+    lines = [f"OOD images: {sets}. {POSITIVE_CLASS}. Mean ± standard deviation over n runs: partitions and seeds."]
     lines += [f"{at}: {note}." for at, note in NOTES.items() if at in used]
     return "\n".join([*lines, *(f"{name} is left out {reason}." for name, reason in (left_out or {}).items())])
 

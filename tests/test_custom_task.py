@@ -231,12 +231,36 @@ def test_experiment_from_arguments(birds, insects):
 
 
 @pytest.mark.parametrize(
+    ("task", "width", "name", "networks"),
+    [
+        ("same_dataset_cifar10", "narrow", "same_dataset_cifar10_narrow", "narrow"),
+        ("same_dataset_cifar10", "full", "same_dataset_cifar10", "cifar10"),
+        ("same_dataset_digits_rgb", "narrow", "same_dataset_digits_rgb", "narrow"),
+        ("same_dataset_digits_rgb", "full", "same_dataset_digits_rgb_full", "cifar10"),
+    ],
+)
+def test_networks_of_another_width_than_the_tasks_own_have_another_name(task, width, name, networks):
+    argv = ("--task", task, "--networks", width, "--partition", "partition2")
+    found = experiment_from_arguments(parse(*argv))
+    assert (found.name, found.task.networks, found.partition) == (name, networks, "partition2")
+    assert found.checkpoint("train_cvae") == Path(f"ckpt/{name}_partition2_cvae.pkl")
+    assert experiment_from_arguments(parse(*found.options)) == found  # what commands in messages are made of
+
+
+def test_own_images_have_narrow_networks_too(birds):
+    found = experiment_from_arguments(parse("--task", "custom", "--ind-dir", birds, "--networks", "narrow"))
+    assert (found.name, found.task.networks) == ("custom_birds_3x32_narrow", "narrow")
+    assert experiment_from_arguments(parse(*found.options)) == found
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--task", "custom"], "--task custom needs --ind-dir DIR"),
         (["--ind-dir", "x"], "--ind-dir goes with --task custom only; same_dataset_digits has its own images"),
         (["--grey"], "--grey goes with --task custom only"),
         (["--image-size", "28"], "--image-size goes with --task custom only"),
+        (["--networks", "narrow"], "--networks narrow: same_dataset_digits has images of 8x8 pixels, .* take 32x32"),
         (
             ["--task", "different_dataset", "--partition", "partition2"],
             "--partition partition2: different_dataset has all",

@@ -109,6 +109,21 @@ def test_the_difference_to_the_best_of_the_others_is_of_the_scores_on_file(repro
         assert one["difference"] == pytest.approx(mean(values), abs=1e-6)
 
 
+def test_every_training_seed_has_seeds_of_stage_2_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(launchers, "run_local", run_here)
+    argv = ["--partitions", "partition2", "--seeds", 2, "--tuning-seeds", 2, "--output", tmp_path / "digits"]
+    assert run(*argv, *QUICK) == 0
+    results = [json.loads((tmp_path / f"digits/partition2_seed{s}/eval.json").read_text()) for s in (1, 2)]
+    assert [one["seeds"] for one in results] == [[1, 2], [3, 4]]
+    table = json.loads((tmp_path / "digits" / "table.json").read_text())
+    found = {(row["method"], row["at"]): row["auroc"] for row in table["detection"]}
+    assert (found["MSP", "pretrained"]["n"], found["CMG-energy", "last"]["n"]) == (2, 4)
+    best = max((row["mean"], method) for (method, at), row in found.items() if at == "pretrained")
+    for one in table["differences"]:
+        assert one["best_baseline"] == best[1]
+        assert one["difference"] == pytest.approx(found[one["method"], "last"]["mean"] - best[0], abs=1e-6)
+
+
 def test_the_report_holds_tables_and_pictures(reproduced):
     page = (reproduced / "report.html").read_text()
     for words in ("CMG-softmax", "KNN", "95 % interval", "ROC curves", "How this was made", "python -m reproduce"):
@@ -288,8 +303,8 @@ def test_arguments_that_cannot_be_are_named(tmp_path, monkeypatch, capsys, argv,
 OWN = "give {0} to reproduce itself"
 FILES = "give --output, the folder of all files, to reproduce itself"
 HANDED_ON = {  # what is handed on -> the error
-    "--eval-args=--seeds 1 2 3": "no --seeds here: give --seeds, their number, to reproduce itself",
-    "--classifier-args=--seed 4": "no --seed here: give --seeds, their number, to reproduce itself",
+    "--eval-args=--seeds 1 2 3": "no --seeds here: give --seeds and --tuning-seeds, their numbers, to reproduce itself",
+    "--classifier-args=--seed 4": "no --seed here: give --seeds and --tuning-seeds, their numbers, to reproduce itself",
     "--eval-args=--output x": f"no --output here: {FILES}",
     "--eval-args=--outp x": f"no --output here: {FILES}",  # as argparse takes it
     "--eval-args=--save-scores x": f"no --save-scores here: {FILES}",

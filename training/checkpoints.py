@@ -121,7 +121,7 @@ def fill_network(path: Path, state: dict, model: nn.Module, what: str, expected:
         if found.shape != tensor.shape:
             raise UserError(
                 f"{path}: {name} is {list(found.shape)}, expected {list(tensor.shape)}: "
-                f"it is {what} of another task or number of classes. {remedy}"
+                f"it is {what} of another task, number of classes or --networks. {remedy}"
             )
         if found.is_floating_point() != tensor.is_floating_point():  # to convert it would lose digits
             raise UserError(f"{path}: {name} holds {found.dtype}, expected {tensor.dtype}. {remedy}")
