@@ -30,6 +30,7 @@ from cmg.config import JOINT, FineTuneConfig, Request
 from cmg.losses import MODES
 from datasets.tasks import COMMANDS, add_data_arguments, add_experiment_arguments, experiment_from_arguments
 from evaluation.post_hoc import POST_HOC
+from training.config import LEARNING_RATE
 
 # What the default name of the results tells.
 NAMED = (
@@ -75,8 +76,10 @@ def get_parser() -> argparse.ArgumentParser:
     add_options(
         method,
         FineTuneConfig,
-        batch_size="128; with --tune joint the task's",
-        learning_rate="0.0001; with --tune joint 0.001",
+        sometimes={
+            "batch_size": "; with --tune joint the task's",
+            "learning_rate": f"; with --tune joint {LEARNING_RATE}",
+        },
     )
     add_data_arguments(parser)
     return parser

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from csi.options import (
+    BATCH_SIZE,
     TRAINING_MODES,
     CSIOptions,
     add_csi_arguments,
@@ -41,7 +42,7 @@ def get_parser() -> argparse.ArgumentParser:
         LoopConfig,
         only=LOOP,
         epochs="700 for the representation, 100 for the layers",
-        batch_size="128",
+        batch_size=str(BATCH_SIZE),
         learning_rate="1.0, the peak of LARS, and 0.1, the start of SGD",
     )
     add_options(parser, CSIOptions)
@@ -54,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
 
     refuse_idle_options(args, CSIOptions)
     data, mode = experiment_from_csi_arguments(args), TRAINING_MODES[args.mode]
-    loop = {"epochs": mode.epochs, "batch_size": 128, "learning_rate": mode.learning_rate}
+    loop = {"epochs": mode.epochs, "batch_size": BATCH_SIZE, "learning_rate": mode.learning_rate}
     loop |= options_given(args, LoopConfig)
     csi = CSIOptions(**options_given(args, CSIOptions))
     if args.mode == "sup_simclr_CSI" and csi.warmup >= loop["epochs"]:

@@ -34,10 +34,9 @@ from cli.errors import run_command
 from cli.options import positive_int
 from cmg.config import config_for
 from cmg.data import Stage2Data
-from cmg.engine import fine_tune
-from cmg.pseudo_ood import PseudoOOD, decode, draw_codes
+from cmg.pseudo_ood import decode, draw_codes
 from cmg.reference import reference
-from cmg.stage2 import load_inputs
+from cmg.stage2 import Stage2, load_inputs
 from datasets.datasetsHelper import Images, to_float
 from datasets.tasks import COMMANDS, TASKS, Experiment
 from evaluation.report import markdown, spread
@@ -234,8 +233,8 @@ class Work:
             for memory_format in (torch.contiguous_format, torch.channels_last)
         )
         self.data, self.device = data, device
-        eval_every = max(1, round(TASKS[task_name].eval_every / more_checks))
-        self.config = config_for(Experiment.of(task_name, TASKS[task_name]), "fp32", eval_every=eval_every)
+        own = config_for(Experiment.of(task_name, TASKS[task_name]), "fp32")
+        self.config = replace(own, eval_every=max(1, round(own.eval_every / more_checks)))
 
     @staticmethod
     def counted(classifier: nn.Module, extractor_images: list[int]) -> Callable[[Tensor], Tensor]:
@@ -253,11 +252,9 @@ class Work:
         config, pushed, runs = replace(self.config, precision=precision), [0], []
 
         def work():
-            classifier, cvae = map(for_inference, self.networks)
-            features = self.counted(classifier, pushed)
-            bank = self.data.encode(features, precision)
-            pseudo = PseudoOOD(cvae, features, config)
-            runs.extend(fine_tune(classifier.classifier, bank, pseudo, modes, seeds, show_progress=False))
+            classifier, cvae = for_inference(self.networks[0]), self.networks[1]
+            stage2 = Stage2.of(self.counted(classifier, pushed), classifier.classifier, cvae, config)
+            runs.extend(stage2.fine_tune(stage2.encode(self.data), modes, seeds, show_progress=False))
 
         taken = seconds(work, self.device)
         first = next(iter(self.data.ood))

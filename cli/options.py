@@ -97,11 +97,16 @@ def option_fields(config: type) -> dict[str, dataclasses.Field]:
 
 
 def add_options(
-    parser: argparse._ActionsContainer, config: type, only: Collection[str] | None = None, **default_of: str
+    parser: argparse._ActionsContainer,
+    config: type,
+    only: Collection[str] | None = None,
+    sometimes: Mapping[str, str] | None = None,
+    **default_of: str,
 ) -> None:
     """Give `parser` the options of a configuration, or `only` some; None stands for what was not given.
 
     Args:
+        sometimes: what is added to the words on the default, by option.
         default_of: the defaults in words of those options whose defaults are others here.
     """
     for name, field in option_fields(config).items():
@@ -113,6 +118,7 @@ def add_options(
         if "choices" in argument:
             argument["choices"] = list(argument["choices"])
         default = default_of.get(name) or about["default_of"] or in_words(field.default)
+        default += (sometimes or {}).get(name, "")
         flags = about["flags"] or (flag(name),)
         parser.add_argument(*flags, dest=name, default=None, help=f"{about['help']} (default: {default})", **argument)
 

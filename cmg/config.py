@@ -122,12 +122,10 @@ def config_for(experiment: Experiment, precision: str, **given: object) -> FineT
     Joint training has the classifier's own schedule.
     """
     task = experiment.task
-    own = {"sigma": task.sigma, "epochs": task.fine_tune_epochs, "eval_every": task.eval_every}
+    own = dict(task.fine_tuning)
     if given.get("tune") == JOINT:
         own |= {"epochs": task.epochs["train_classifier"], "batch_size": task.batch_size}
-        own |= {"learning_rate": LEARNING_RATE}
-    else:
-        own |= {"pseudo_pool": task.pseudo_pool}
+        own |= {"learning_rate": LEARNING_RATE, "pseudo_pool": 0}
     return FineTuneConfig(num_ind=experiment.num_ind, precision=precision, **own | given)
 
 

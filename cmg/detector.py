@@ -27,10 +27,8 @@ from cli.errors import UserError
 from cli.options import DEFAULT_SEED
 from cmg.config import FineTuneConfig
 from cmg.data import FeatureBank
-from cmg.engine import fine_tune
-from cmg.pseudo_ood import PseudoOOD
 from cmg.scores import SCORES
-from cmg.stage2 import TUNABLE, split_model
+from cmg.stage2 import TUNABLE, Stage2, split_model
 from models.inference import for_inference
 from models.main_model import MainModel
 from models.vae import ConditionalVAE
@@ -155,11 +153,11 @@ class CMGDetector(FeaturesDetector):
         z, labels = z[known].to(self.device), labels[known].to(self.device)
         _, head = split_model(self.model, self.finetuning.tune)
         features, _ = split_model(self.encoder.network, self.finetuning.tune)
-        pseudo = PseudoOOD(for_inference(self.cvae), features, self.finetuning)
+        stage2 = Stage2.of(features, head, self.cvae, self.finetuning)
         # Evaluations choose nothing here; on a few training images they still find out whether the head diverges.
         few = slice(self.finetuning.batch_size)
         bank = FeatureBank(z, labels, torch.empty(0), z[few], labels[few], {})
-        (run,) = fine_tune(head, bank, pseudo, [self.mode], [self.seed])
+        (run,) = stage2.fine_tune(bank, [self.mode], [self.seed])
         return self.adopt(run.last).calibrate(z, "IND training")
 
     def adopt(self, parameters: dict[str, Tensor]) -> CMGDetector:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cmg.config import JOINT, FineTuneConfig
 from cmg.data import FeatureBank, Stage2Data, load_data
-from cmg.engine import fine_tune
+from cmg.engine import Run, fine_tune
 from cmg.joint import train_jointly
 from cmg.pseudo_ood import PseudoOOD
 from cmg.results import Results, Scored, compare, pretrained_scores, run_scores
@@ -59,6 +59,51 @@ def split_model(model: MainModel, tune: str) -> tuple[Callable[[Tensor], Tensor]
     return lambda images: model.classifier.hidden(model.features(images)), tuned
 
 
+@dataclass(frozen=True)
+class Stage2:
+    """Stage 2 of one classifier, put together: `eval`, `CMGDetector`, CSI+CMG and the benchmark run this.
+
+    Attributes:
+        head: what is fine-tuned, features [B, F] -> logits [B, classes]; copies are tuned, it stays as it is.
+        pseudo: the source of pseudo-OOD images; its `features` is the frozen part, images [B, C, S, S] -> [B, F].
+    """
+
+    head: nn.Module
+    pseudo: PseudoOOD
+
+    @classmethod
+    def of(
+        cls, features: Callable[[Tensor], Tensor], head: nn.Module, cvae: ConditionalVAE, config: FineTuneConfig
+    ) -> Stage2:
+        """From a classifier's two parts and the CVAE, which is copied into its faster form."""
+        return cls(head, PseudoOOD(for_inference(cvae), features, config))
+
+    def encode(self, data: Stage2Data) -> FeatureBank:
+        """The features of all real images."""
+        return data.encode(self.pseudo.features, self.pseudo.config.precision)
+
+    def fine_tune(
+        self, bank: FeatureBank, modes: Sequence[str], seeds: Sequence[int], show_progress: bool = True
+    ) -> list[Run]:
+        """A copy of the head, fine-tuned, for every mode and seed."""
+        return fine_tune(self.head, bank, self.pseudo, modes, seeds, show_progress)
+
+    def results(
+        self,
+        bank: FeatureBank,
+        modes: Sequence[str],
+        seeds: Sequence[int],
+        score_pseudo: bool = False,
+        compared: Sequence[Scored] = (),
+    ) -> Results:
+        """Fine-tune for every mode and seed, and score every OOD set; `compared` are other detectors."""
+        runs = self.fine_tune(bank, modes, seeds)
+        scored = [*pretrained_scores(self.head, bank), *compared]
+        for run in runs:
+            scored += run_scores(self.head, bank, run, self.pseudo, score_pseudo)
+        return Results(scored, runs, bank, self.pseudo.config)
+
+
 def run_stage2(
     inputs: Stage2Inputs,
     config: FineTuneConfig,
@@ -80,33 +125,15 @@ def run_stage2(
     """
     compared, left_out = compare(inputs.classifier, inputs.data, config, baselines) if baselines else ([], {})
     split = "head" if config.tune == JOINT else config.tune
-    features, head = split_model(for_inference(inputs.classifier), split)
+    stage2 = Stage2.of(*split_model(for_inference(inputs.classifier), split), inputs.cvae, config)
     banks, key = {} if banks is None else banks, (split, config.precision)
     if key not in banks:
-        banks[key] = inputs.data.encode(features, config.precision)
-    pseudo = PseudoOOD(for_inference(inputs.cvae), features, config)
+        banks[key] = stage2.encode(inputs.data)
     if config.tune != JOINT:
-        results = tune_and_score(head, banks[key], pseudo, modes, seeds, score_pseudo, compared)
+        results = stage2.results(banks[key], modes, seeds, score_pseudo, compared)
         return replace(results, left_out=left_out)
-    scored = [*pretrained_scores(head, banks[key]), *compared]
+    scored = [*pretrained_scores(stage2.head, banks[key]), *compared]
     runs, more = train_jointly(
-        inputs.experiment.task, inputs.data, head, banks[key], pseudo, modes, seeds, score_pseudo
+        inputs.experiment.task, inputs.data, stage2.head, banks[key], stage2.pseudo, modes, seeds, score_pseudo
     )
     return Results(scored + more, runs, banks[key], config, left_out)
-
-
-def tune_and_score(
-    head: nn.Module,
-    bank: FeatureBank,
-    pseudo: PseudoOOD,
-    modes: Sequence[str],
-    seeds: Sequence[int],
-    score_pseudo: bool = False,
-    compared: Sequence[Scored] = (),
-) -> Results:
-    """Fine-tune `head` for every mode and seed, in copies, and score every OOD set; `compared` are other detectors."""
-    runs = fine_tune(head, bank, pseudo, modes, seeds)
-    scored = [*pretrained_scores(head, bank), *compared]
-    for run in runs:
-        scored += run_scores(head, bank, run, pseudo, score_pseudo)
-    return Results(scored, runs, bank, pseudo.config)

@@ -59,13 +59,10 @@ class Task:
         networks: family of networks, a key of `models.layers.EXTRACTORS`.
         logits: outputs of the classifier: the IND classes, one OOD slot, spare ones.
         embedded_classes: inputs of the CVAE's class embedding.
-        sigma: standard deviation of the latent under which pseudo-OOD images are decoded.
+        fine_tuning: options of stage 2, fields of `cmg.config.FineTuneConfig`, that are not the method's defaults.
         kl_weight: factor on the KL term of the CVAE's loss.
         epochs: of each training command.
         batch_size: of the training commands.
-        fine_tune_epochs: of stage 2.
-        pseudo_pool: pseudo-OOD images made once for stage 2; 0, as in the method, makes new ones in every step.
-        eval_every: optimizer steps of stage 2 between two evaluations.
         precision: what `--precision auto` takes; "auto" takes bf16 where the hardware has it.
         augment: random crop and flip while the classifier trains.
         folders: the data sets that are the user's own, by name; names not found here are keys of `READERS`.
@@ -79,14 +76,11 @@ class Task:
     image_size: int
     networks: str
     logits: int
-    sigma: float
     epochs: Mapping[str, int]
-    eval_every: int
+    fine_tuning: Mapping[str, object]
     embedded_classes: int = 10
     batch_size: int = 512
     kl_weight: float = 1.0
-    fine_tune_epochs: int = 15
-    pseudo_pool: int = 0
     precision: str = "auto"
     augment: bool = False
     folders: Mapping[str, UserFolder] = field(default_factory=dict)
@@ -95,8 +89,17 @@ class Task:
 
 # Stride and depth tie each family of networks to an image size; either takes grey and colour images.
 FAMILIES = {
-    28: {"networks": "mnist", "sigma": 3.0, "epochs": {"train_classifier": 100, "train_cvae": 100}},
-    32: {"networks": "cifar10", "sigma": 5.0, "epochs": {"train_classifier": 200, "train_cvae": 200}, "augment": True},
+    28: {
+        "networks": "mnist",
+        "epochs": {"train_classifier": 100, "train_cvae": 100},
+        "fine_tuning": {"sigma": 3.0, "eval_every": 20},
+    },
+    32: {
+        "networks": "cifar10",
+        "epochs": {"train_classifier": 200, "train_cvae": 200},
+        "augment": True,
+        "fine_tuning": {"sigma": 5.0, "eval_every": 20},
+    },
 }
 
 # What --networks may be, for images of 32x32 pixels -> family.
@@ -109,7 +112,6 @@ MNIST = Task(
     image_channels=1,
     image_size=28,
     logits=11,
-    eval_every=20,
     **FAMILIES[28],
 )
 
@@ -122,14 +124,16 @@ TASKS: dict[str, Task] = {
         image_size=8,
         networks="mnist",
         logits=11,
-        sigma=3.0,
         kl_weight=0.1,
         epochs={"train_classifier": 60, "train_cvae": 100},
         batch_size=64,
-        fine_tune_epochs=705,  # of 6 steps: as many steps as the method's 15 epochs of MNIST have, 4,230
         precision="fp32",  # as fast on networks so small, and the same on more processors
-        pseudo_pool=12_000,  # docs/findings.md: no other result, in a fraction of the time
-        eval_every=20,
+        fine_tuning={
+            "sigma": 3.0,
+            "epochs": 705,  # of 6 steps: as many steps as the method's 15 epochs of MNIST have, 4,230
+            "pseudo_pool": 12_000,  # docs/findings.md: no other result, in a fraction of the time
+            "eval_every": 20,
+        },
     ),
     "same_dataset_digits_rgb": Task(
         dataset="digits_rgb",
@@ -139,12 +143,10 @@ TASKS: dict[str, Task] = {
         image_size=32,
         networks="narrow",
         logits=11,
-        sigma=5.0,
         kl_weight=0.1,
         epochs={"train_classifier": 30, "train_cvae": 60},
         batch_size=64,
-        fine_tune_epochs=60,
-        eval_every=20,
+        fine_tuning={"sigma": 5.0, "epochs": 60, "eval_every": 20},
     ),
     "same_dataset_mnist": MNIST,
     "same_dataset_fashion_mnist": replace(MNIST, dataset="fashion_mnist"),
@@ -156,7 +158,6 @@ TASKS: dict[str, Task] = {
         image_channels=3,
         image_size=32,
         logits=11,
-        eval_every=20,
         **FAMILIES[32],
     ),
     "different_dataset": Task(
@@ -166,8 +167,7 @@ TASKS: dict[str, Task] = {
         image_channels=3,
         image_size=32,
         logits=110,
-        eval_every=100,
-        **FAMILIES[32],
+        **FAMILIES[32] | {"fine_tuning": {"sigma": 5.0}},
     ),
 }
 
@@ -281,7 +281,6 @@ def custom_task(ind_dir: Path, ood_dirs: Sequence[Path] = (), image_size: int = 
         image_size=image_size,
         logits=len(classes) + 1,
         embedded_classes=len(classes),
-        eval_every=20,
         folders={name: UserFolder(ind_dir, classes)},
         options=custom_options(ind_dir, image_size, image_channels),
         **FAMILIES[image_size],

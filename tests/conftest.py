@@ -17,7 +17,8 @@ from models.vae import ConditionalVAE
 torch.set_num_threads(1)
 
 # Few images are enough to see that a pool is used; the task's own take seconds to make.
-TASKS["same_dataset_digits"] = replace(TASKS["same_dataset_digits"], pseudo_pool=200)
+DIGITS = TASKS["same_dataset_digits"]
+TASKS["same_dataset_digits"] = replace(DIGITS, fine_tuning=DIGITS.fine_tuning | {"pseudo_pool": 200})
 
 
 @pytest.fixture

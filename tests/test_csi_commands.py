@@ -24,7 +24,7 @@ import train as root_train
 from cli.errors import Stopped, run_command
 from cmg.config import FineTuneConfig
 from cmg.data import Stage2Data
-from cmg.stage2 import tune_and_score
+from cmg.stage2 import Stage2
 from datasets.datasetsHelper import Images
 from datasets.tasks import TASKS
 from models.vae import ConditionalVAE
@@ -167,10 +167,8 @@ def test_main_names_what_is_missing(chain, tmp_path, capsys):
 
 @pytest.mark.parametrize("train_bn1", [False, True])
 def test_main_leaves_the_network_bit_equal(train_bn1, monkeypatch):
-    found = []
-    monkeypatch.setattr(
-        "csi.before_and_after.tune_and_score", lambda *args: found.append(tune_and_score(*args)) or found[-1]
-    )
+    found, results = [], Stage2.results
+    monkeypatch.setattr(Stage2, "results", lambda *args: found.append(results(*args)) or found[-1])
     torch.manual_seed(0)
     network, cvae = CSINet(classes=2, width=2), ConditionalVAE(4, 3, 32, 10, "narrow")
     for frozen in (network, cvae):

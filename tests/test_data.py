@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 from torchvision.transforms import RandomCrop, RandomHorizontalFlip
 
 from cli.errors import UserError
+from cmg.config import config_for
 from datasets.datasetsHelper import Images, load_ind, load_ood, select, split_validation, to_float
 from datasets.tasks import HELD_OUT, PARTITIONS, TASKS, Experiment
 from tests import tiny_data
@@ -48,10 +49,12 @@ def test_partitions_are_those_of_the_method():
 )
 def test_tasks_hold_the_settings_of_the_method(name, shape, logits, sigma, epochs, eval_every, augment, ood_sets):
     task = TASKS[name]
-    assert ((task.image_channels, task.image_size), task.logits, task.sigma) == (shape, logits, sigma)
+    config = config_for(registered(name), "fp32")
+    assert ((task.image_channels, task.image_size), task.logits, config.sigma) == (shape, logits, sigma)
     assert task.epochs == {"train_classifier": epochs, "train_cvae": epochs}
-    assert (task.eval_every, task.augment, len(task.ood_datasets)) == (eval_every, augment, ood_sets)
-    assert (task.batch_size, task.fine_tune_epochs, task.kl_weight, task.embedded_classes) == (512, 15, 1.0, 10)
+    assert (config.eval_every, task.augment, len(task.ood_datasets)) == (eval_every, augment, ood_sets)
+    assert (task.batch_size, config.epochs, task.kl_weight, task.embedded_classes) == (512, 15, 1.0, 10)
+    assert (config.batch_size, config.learning_rate, config.mu, config.margins) == (128, 1e-4, 0.1, (0.2, 0.8))
 
 
 def test_partition_defaults_to_the_first_and_an_unknown_one_is_refused():

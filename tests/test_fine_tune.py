@@ -368,7 +368,7 @@ def test_heads_are_scored_as_asked_for(head, bank, pseudo, score):
 def test_a_task_has_its_own_values_and_joint_training_the_classifiers():
     digits = Experiment.of("same_dataset_digits", TASKS["same_dataset_digits"])
     config = config_for(digits, "fp32", anchor=0.5)
-    assert (config.num_ind, config.sigma, config.eval_every, config.anchor) == (6, 3.0, digits.task.eval_every, 0.5)
+    assert (config.num_ind, config.sigma, config.eval_every, config.anchor) == (6, 3.0, 20, 0.5)
     joint = config_for(digits, "fp32", tune=JOINT, sigma=2.0)
     assert (joint.epochs, joint.batch_size, joint.learning_rate, joint.sigma) == (60, 64, 1e-3, 2.0)
 

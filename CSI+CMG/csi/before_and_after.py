@@ -18,10 +18,8 @@ from cli.errors import UserError
 from cli.files import write_json
 from cmg.config import FineTuneConfig, config_for
 from cmg.data import Stage2Data, load_data
-from cmg.pseudo_ood import PseudoOOD
-from cmg.stage2 import tune_and_score
+from cmg.stage2 import Stage2
 from evaluation.report import PRETRAINED, format_ind_table, format_table
-from models.inference import for_inference
 from models.vae import ConditionalVAE
 from training.networks import load_stage1, train_command
 from utils import environment, pick_precision, start_computing
@@ -91,10 +89,8 @@ def before_and_after(
         features, head = flat_pixels, Bn1AndLinear(network)
     else:
         features, head = network.features, network.linear
-    bank = data.encode(features, config.precision)
-    tables = tune_and_score(
-        head, bank, PseudoOOD(for_inference(cvae), features, config), ["CMG-energy"], seeds
-    ).tables()
+    stage2 = Stage2.of(features, head, cvae, config)
+    tables = stage2.results(stage2.encode(data), ["CMG-energy"], seeds).tables()
     # CSI's own rows hold the softmax score and the accuracy of the pretrained head already.
     after = {
         "ind": [row for row in tables["ind"] if row["at"] != PRETRAINED],

@@ -53,6 +53,8 @@ TRAINING_MODES = {
 }
 
 
+BATCH_SIZE = 128  # images in a step, of either mode
+
 REPRESENTATION = {"mode": ("sup_simclr_CSI",)}  # whose options the linear layers take over
 
 
