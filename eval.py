@@ -17,6 +17,7 @@ from pathlib import Path
 from cli.errors import UserError, run_command
 from cli.files import check_outputs, short_name
 from cli.options import (
+    Machine,
     add_machine_arguments,
     add_options,
     add_seeds_argument,
@@ -127,9 +128,7 @@ def read_arguments(args: argparse.Namespace) -> Request:
         seeds,
         {command: given[command] or experiment.checkpoint(command) for command in COMMANDS},
         options_given(args, FineTuneConfig),
-        args.device,
-        args.precision,
-        args.data_dir,
+        Machine.of(args),
         args.argv,
     )
 

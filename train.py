@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from cli.errors import run_command
-from cli.options import add_machine_arguments, add_options, idle_options, options_given
+from cli.options import Machine, add_machine_arguments, add_options, idle_options, options_given
 from datasets.tasks import COMMANDS, add_data_arguments, add_experiment_arguments, experiment_from_arguments
 from training.config import LoopConfig, RunOptions, TrainingOptions
 
@@ -51,9 +51,7 @@ def main(args: argparse.Namespace) -> None:
         options_given(args, LoopConfig),
         TrainingOptions(**options_given(args, TrainingOptions)),
         RunOptions(**options_given(args, RunOptions)),
-        args.device,
-        args.precision,
-        args.data_dir,
+        Machine.of(args),
     )
 
 

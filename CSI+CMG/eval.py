@@ -17,7 +17,7 @@ from csi.options import add_csi_arguments, default_checkpoint, experiment_from_c
 
 from cli.errors import run_command
 from cli.files import check_outputs, short_name
-from cli.options import changed_options, pick_all
+from cli.options import Machine, changed_options, pick_all
 
 # mode -> (which rows, which view)
 ROWS_AND_VIEW = {
@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
     changed = changed_options(args, get_parser(), NAMED)
     output = args.output or root() / "results" / f"{short_name(f'csi_{data.name}_eval{changed}')}.json"
     check_outputs(output, inputs=[path])
-    report(data, chosen, names, path, args.device, args.precision, args.data_dir, output, args.argv)
+    report(data, chosen, names, path, Machine.of(args), output, args.argv)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from csi.options import add_csi_arguments, default_checkpoint, experiment_from_c
 
 from cli.errors import run_command
 from cli.files import check_outputs, short_name
-from cli.options import add_options, add_seeds_argument, changed_options, options_given, pick_all
+from cli.options import Machine, add_options, add_seeds_argument, changed_options, options_given, pick_all
 from cmg.config import FineTuneConfig
 from datasets.tasks import add_networks_argument
 
@@ -77,9 +77,7 @@ def main(args: argparse.Namespace) -> None:
         cvae_path,
         options_given(args, FineTuneConfig),
         args.train_bn1,
-        args.device,
-        args.precision,
-        args.data_dir,
+        Machine.of(args),
         output,
         args.argv,
     )

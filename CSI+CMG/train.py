@@ -24,7 +24,7 @@ from csi.options import (
 )
 
 from cli.errors import UserError, run_command
-from cli.options import add_options, options_given, refuse_idle_options
+from cli.options import Machine, add_options, options_given, refuse_idle_options
 from training.config import LoopConfig, RunOptions
 
 LOOP = ("epochs", "batch_size", "learning_rate", "seed")  # options of the loop that CSI has
@@ -67,9 +67,7 @@ def main(args: argparse.Namespace) -> None:
         loop,
         csi,
         RunOptions(**options_given(args, RunOptions)),
-        args.device,
-        args.precision,
-        args.data_dir,
+        Machine.of(args),
     )
 
 

@@ -180,6 +180,19 @@ def flag(name: str, fields: Mapping[str, dataclasses.Field] | None = None) -> st
 # --- arguments of many commands -----------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Where a command computes and where its images are, as given: perhaps None and "auto"."""
+
+    device: str | None
+    precision: str
+    data_dir: Path
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Machine:
+        return cls(args.device, args.precision, args.data_dir)
+
+
 def add_machine_arguments(parser: argparse.ArgumentParser, data_dir: Path = Path("datasets")) -> None:
     """On which device, in which precision, and where the images are."""
     add_device_arguments(parser)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli.options import number, option, positive_float, positive_int
+from cli.options import Machine, number, option, positive_float, positive_int
 from cmg.losses import MODES
 from cmg.mixing import MIXINGS
 from cmg.scores import SCORES
@@ -136,7 +136,6 @@ class Request:
     Attributes:
         paths: of the checkpoints, by training command.
         options: fields of `FineTuneConfig` that were given.
-        device, precision: as given, perhaps None and "auto".
         argv: the command line, for the record.
     """
 
@@ -146,7 +145,5 @@ class Request:
     seeds: list[int]
     paths: dict[str, Path]
     options: dict[str, object]
-    device: str | None
-    precision: str
-    data_dir: Path
+    machine: Machine
     argv: list[str]

@@ -29,12 +29,8 @@ def evaluate(
     Raises:
         UserError: a checkpoint or the images are not what they should be, or a file cannot be written.
     """
-    device = start_computing(request.device)
-    config = config_for(
-        request.experiment,
-        pick_precision(request.precision, device, request.experiment.task.precision),
-        **request.options,
-    )
+    device = start_computing(request.machine.device)
+    config = config_for(request.experiment, precision_of(request, device), **request.options)
     inputs = load(request, device)
     print(f"{request.experiment} on {device} in {config.precision}: {inputs.data.summary}", flush=True)
     results = run_stage2(
@@ -57,7 +53,12 @@ def evaluate(
 
 def load(request: Request, device: torch.device) -> Stage2Inputs:
     """The networks and images of stage 2. Raises `UserError`."""
-    return load_inputs(request.experiment, request.paths, request.ood_names, request.data_dir, device)
+    return load_inputs(request.experiment, request.paths, request.ood_names, request.machine.data_dir, device)
+
+
+def precision_of(request: Request, device: torch.device) -> str:
+    """ "fp32" or "bf16"."""
+    return pick_precision(request.machine.precision, device, request.experiment.task.precision)
 
 
 def describe(module: str, request: Request, inputs: Stage2Inputs, device: torch.device) -> dict:

@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 
 from cli.errors import UserError, run_command
+from datasets.obtain import is_present, obtain, verify
+from datasets.sources import SOURCES, find_source
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -61,8 +63,6 @@ def main(args: argparse.Namespace) -> int:
 
 def resolve(names: list[str]) -> list[str]:
     """Names as the user may write them -> keys of `SOURCES`, without repetition. Raises `UserError` for others."""
-    from datasets.sources import SOURCES, find_source
-
     found = {name: list(SOURCES) if name == "all" else [find_source(name)] for name in names}
     unknown = [name for name, keys in found.items() if None in keys]
     if unknown or not names:
@@ -77,9 +77,6 @@ def fetch_all(names: list[str], data_dir: Path, given: Path | None) -> None:
     Raises:
         UserError: the only failure, or the names of those that failed.
     """
-    from datasets.obtain import obtain
-    from datasets.sources import SOURCES
-
     failures = {}
     for name in names:
         try:
@@ -103,9 +100,6 @@ def fetch_all(names: list[str], data_dir: Path, given: Path | None) -> None:
 
 def check(names: list[str], data_dir: Path) -> set[str]:
     """Print a line for each split of each data set. Returns the states met: complete, wrong, missing."""
-    from datasets.obtain import is_present, verify
-    from datasets.sources import SOURCES
-
     states = set()
     print(f"{'data set':<14}{'split':<7}{'images':>7}  state")
     for name in names:

@@ -10,13 +10,20 @@ by dropping pixels, and the aliasing made their images easy to detect.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import random
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from cli.errors import UserError, run_command
 from cli.options import seed_number
+from datasets.decoding import decoded, in_mode, square
+from datasets.folders import for_each, list_images, raise_all, read_images
+from datasets.obtain import write_record
 from datasets.tasks import class_folders
 
 MIDDLE, SIDE = 256, 32  # pixels: of the cut-out, of the result
@@ -100,10 +107,6 @@ def make_fix(name: str, recipe: Recipe, source: Path, data_dir: Path, seed: int)
     Raises:
         UserError: the source lacks classes or images, one cannot be decoded, or the folder exists.
     """
-    from datasets.decoding import decoded, in_mode
-    from datasets.folders import for_each, raise_all
-    from datasets.obtain import write_record
-
     target, staging = data_dir / recipe.folder, data_dir / f".{recipe.folder}.making"
     if target.exists():
         raise UserError(f"{target} exists; remove it or name another --data-dir")
@@ -136,10 +139,6 @@ def make_fix(name: str, recipe: Recipe, source: Path, data_dir: Path, seed: int)
 
 def record_figures(folder: Path) -> dict:
     """Count and SHA-256 of the pixels of a finished set, by which --check knows it again."""
-    import hashlib
-
-    from datasets.folders import read_images
-
     images, _ = read_images(folder, channels=3, size=SIDE)
     return {"count": len(images), "sha256": hashlib.sha256(images).hexdigest()}
 
@@ -150,9 +149,6 @@ def choose(recipe: Recipe, source: Path, seed: int) -> list[Path]:
     Raises:
         UserError: the source lacks classes, has others, or has too few images.
     """
-    import random
-
-    from datasets.folders import list_images
     from utils import derive_seed
 
     pools = [[folder / name for name in list_images(folder)] for folder in find_classes(recipe, source)]
@@ -196,12 +192,8 @@ def _plain(name: str) -> str:
     return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
-def shrink(image):
+def shrink(image: Image.Image) -> Image.Image:
     """A PIL image of any size -> 32x32: short side to 256, the middle 256x256, then 32x32, averaging throughout."""
-    from PIL import Image
-
-    from datasets.decoding import square
-
     return square(image, MIDDLE).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
 
 

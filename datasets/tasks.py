@@ -300,7 +300,7 @@ def class_folders(folder: Path) -> tuple[str, ...]:
     Raises:
         UserError: it is not there, or what may be a class cannot be read, such as a link that leads nowhere.
     """
-    from datasets.folders import kind_of, unreadable
+    from datasets.folders import kind_of, unreadable  # and numpy with it, which --help does without
 
     try:
         paths = sorted(path for path in Path(folder).iterdir() if not path.name.startswith("."))

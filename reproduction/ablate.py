@@ -10,10 +10,10 @@ from statistics import mean
 
 from cli.files import write_json
 from cmg.config import Request, config_for
-from cmg.evaluate import describe, load
+from cmg.evaluate import describe, load, precision_of
 from cmg.stage2 import run_stage2
 from evaluation.report import PRETRAINED, THE_METHOD, markdown, mean_and_sd
-from utils import pick_precision, start_computing
+from utils import start_computing
 
 HEADER = ("options of eval", "mode", "start", "best (step)", "validated (step)", "last", "IND accuracy", "seconds")
 
@@ -25,8 +25,8 @@ def ablate(request: Request, variants: Mapping[str, Mapping[str, object]], outpu
         "pretrained": detection rows of the classifier before fine-tuning; "variants": for each variant its
         "config", "detection" and "ind" rows, "runs" and "seconds".
     """
-    device = start_computing(request.device)
-    precision = pick_precision(request.precision, device, request.experiment.task.precision)
+    device = start_computing(request.machine.device)
+    precision = precision_of(request, device)
     inputs = load(request, device)
     found = {"pretrained": [], "variants": {}}
     banks = {}

@@ -176,7 +176,7 @@ def check_results(results: dict, task: str, partition: str) -> None:
     assert results["command"].startswith(f"python -m eval --task {task} --partition {partition} ")
     assert results["seeds"] == [1, 2]
     assert results["config"] | {"epochs": 1, "batch_size": 128, "learning_rate": 1e-4, "mu": 0.1} == results["config"]
-    assert results["config"]["sigma"] == TASKS[task].sigma and results["config"]["num_ind"] in (6, 10)
+    assert results["config"]["sigma"] == TASKS[task].fine_tuning["sigma"] and results["config"]["num_ind"] in (6, 10)
     assert results["environment"]["torch"] == torch.__version__ and results["environment"]["device"] == "cpu"
     for command, checkpoint in results["checkpoints"].items():
         assert checkpoint["origin"]["command"] == command and checkpoint["origin"]["seed"] == 123

@@ -317,8 +317,11 @@ def json_line(line: dict) -> str:
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
-def warmup_schedule(config: LoopConfig, count: int) -> Callable[[float], float]:
-    """The schedule of `fit` that rises linearly over `warmup_steps` and stays, for `count` training images."""
+def warmup_schedule(config: LoopConfig, count: int) -> Callable[[float], float] | None:
+    """The schedule of `fit` that rises linearly over `warmup_steps`, if there are any, and stays, for `count` training
+    images."""
+    if not config.warmup_steps:
+        return None
     steps_per_epoch = -(-count // config.batch_size)
     return lambda epochs: config.learning_rate * min(1.0, (epochs * steps_per_epoch + 1) / config.warmup_steps)
 

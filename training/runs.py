@@ -6,7 +6,7 @@ import glob
 import os
 import re
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -14,12 +14,15 @@ from torch import nn
 
 from cli.errors import UserError
 from cli.files import check_outputs, check_writable
+from cli.options import Machine
 from cli.progress import counted
-from datasets.datasetsHelper import Images
+from datasets.datasetsHelper import Images, load_ind, split_validation
+from datasets.tasks import Experiment
 from training.checkpoints import origin_of, read_state, save_network
 from training.config import IMAGES_PER_STATE, LoopConfig, RunOptions, resume_path
-from training.loop import Objective, Recorder, fit
-from training.processes import Processes
+from training.loop import Objective, Recorder, fingerprint, fit
+from training.processes import Processes, joined_processes
+from utils import derive_seed, pick_precision
 
 
 def is_done(path: Path, origin: dict, options: RunOptions, any_precision: bool, show: bool) -> bool:
@@ -50,64 +53,117 @@ def is_done(path: Path, origin: dict, options: RunOptions, any_precision: bool, 
     return True
 
 
-def train_to_checkpoint(
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """A network to be trained: all that differs from one training command to another.
+
+    Attributes:
+        command: its name.
+        about: which network it is, in words.
+        what: what decides the network beside the loop and the images, with "val_fraction" among it: recorded, and
+            compared when the run is resumed.
+        build: the network as the training starts from it; what is random follows from torch's seed.
+        optimizer: (network, learning rate) -> optimizer; freezes what is not trained.
+        moments: tensors that the optimizer keeps for each parameter, of its size.
+        objective: of `training.loop.fit`.
+        report: (network in eval mode, test images, precision) -> what is printed in the end.
+        schedule: (loop, number of training images) -> of `training.loop.fit`.
+        compact, expand: bring the network into the form in which it is trained, and back, both in place.
+        whole_batches: whether each of several processes needs images of every batch.
+    """
+
+    command: str
+    about: str
+    what: dict
+    build: Callable[[], nn.Module]
+    optimizer: Callable[[nn.Module, float], torch.optim.Optimizer]
+    moments: int
+    objective: Objective
+    report: Callable[[nn.Module, Images, str], str]
+    schedule: Callable[[LoopConfig, int], Callable[[float], float] | None]
+    compact: Callable[[nn.Module], None] = lambda model: None
+    expand: Callable[[nn.Module], None] = lambda model: None
+    whole_batches: bool = False
+
+
+def train(
+    training: Training,
+    experiment: Experiment,
     path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    data: Images,
-    objective: Objective,
-    *,
-    config: LoopConfig,
-    what: dict,
-    about: str,
-    moments: int,
-    processes: Processes,
+    loop: dict[str, object],
     options: RunOptions,
-    schedule: Callable[[float], float] | None = None,
-    finish: Callable[[nn.Module], None] = lambda model: None,
-) -> bool:
-    """Train `model`, on its device already, from where an earlier run stopped, and write its state dict to `path`.
+    machine: Machine,
+) -> None:
+    """Train a network from where an earlier run stopped, in this process or as one of torchrun's, write its state dict
+    to `path`, and print what it reaches.
 
     Args:
-        data, objective, config, processes, schedule: of `training.loop.fit`.
-        what: the run is, beside its configuration: recorded, and compared when it is resumed.
-        about: the same in words, for the line that is printed first.
-        moments: tensors that the optimizer keeps for each parameter, of its size.
-        options: what is kept, shown and compiled.
-        finish: makes of the trained model, in place, the network of the checkpoint.
-
-    Returns:
-        whether this process is the one that reports.
+        loop: fields of `LoopConfig`, all but the precision.
 
     Raises:
-        UserError: as `fit`; a file cannot be written, or there is no room for it.
+        UserError: as `fit`; the images cannot be read; a file cannot be written, or there is no room for it.
     """
-    resume = resume_path(path)
+    with joined_processes(machine.device) as processes:
+        precision = pick_precision(machine.precision, processes.device, experiment.task.precision)
+        config = LoopConfig(precision=precision, **loop)
+        images, test_images = load_ind(experiment, machine.data_dir)
+        images, _ = split_validation(images, training.what["val_fraction"])
+        what = training.what | {"command": training.command, "data": fingerprint(images)}
+        if is_done(path, what | asdict(config), options, machine.precision == "auto", show=processes.is_main):
+            return
+        if training.whole_batches and 0 < len(images) % config.batch_size < processes.world:
+            raise UserError(
+                f"--batch_size {config.batch_size}: the last batch of an epoch has fewer images than there are "
+                f"processes ({processes.world}); choose another size"
+            )
+        torch.manual_seed(derive_seed(config.seed, "initialisation", training.command))
+        model = training.build().to(processes.device, memory_format=torch.channels_last)
+        training.compact(model)
+        _fit_to_checkpoint(training, model, images, what, path, config, options, processes)
+        if processes.is_main:
+            print(training.report(model.eval(), test_images.to(processes.device), config.precision))
+            print(f"wrote {path}")
+
+
+def _fit_to_checkpoint(
+    training: Training,
+    model: nn.Module,
+    images: Images,
+    what: dict,
+    path: Path,
+    config: LoopConfig,
+    options: RunOptions,
+    processes: Processes,
+) -> None:
+    """The part of `train` between the untrained network, on its device, and the checkpoint."""
+    resume, optimizer = resume_path(path), training.optimizer(model, config.learning_rate)
     if processes.is_main:
         remove_leftovers(path)
-    state = sum(t.nbytes for t in model.state_dict().values()) + moments * sum(p.nbytes for p in model.parameters())
+    moments = training.moments * sum(p.nbytes for p in model.parameters())
+    state = sum(t.nbytes for t in model.state_dict().values()) + moments
     check_writable(path, state * (1 if os.path.exists(resume) else 2))  # an old one stays until the new one is complete
     check_outputs(path, resume, options.log)
     if processes.is_main:
         print(
-            f"{about}, {counted(len(data), 'image')}, {counted(config.epochs, 'epoch')} on {processes.device} in "
-            f"{config.precision}",
+            f"{training.about}, {counted(len(images), 'image')}, {counted(config.epochs, 'epoch')} on "
+            f"{processes.device} in {config.precision}",
             flush=True,
         )
     recorder = Recorder(
-        name=what["command"],
+        name=training.command,
         resume=resume,
-        save_every=options.save_every or -(-IMAGES_PER_STATE // len(data)),
+        save_every=options.save_every or -(-IMAGES_PER_STATE // len(images)),
         identity=what,
         log=options.log,
         watch=tensorboard_writer(options.tensorboard if processes.is_main else None),
     )
-    fit(model, optimizer, data.to(processes.device), objective, config, processes, recorder, options.compile, schedule)
-    finish(model)
+    schedule = training.schedule(config, len(images))
+    images = images.to(processes.device)
+    fit(model, optimizer, images, training.objective, config, processes, recorder, options.compile, schedule)
+    training.expand(model)
     if processes.is_main:
         save_network(path, model, what | asdict(config) | {"torch": str(torch.__version__)})
         resume.unlink(missing_ok=True)
-    return processes.is_main
 
 
 def remove_leftovers(path: Path) -> None:

@@ -16,6 +16,7 @@ from csi.scores import VIEWS
 
 from cli.errors import UserError
 from cli.files import write_json
+from cli.options import Machine
 from cmg.config import FineTuneConfig, config_for
 from cmg.data import Stage2Data, load_data
 from cmg.stage2 import Stage2
@@ -33,9 +34,7 @@ def report_before_and_after(
     cvae_path: Path,
     options: dict[str, object],
     train_bn1: bool,
-    device_name: str | None,
-    precision: str,
-    data_dir: Path,
+    machine: Machine,
     output: Path,
     argv: Sequence[str],
 ) -> None:
@@ -44,8 +43,9 @@ def report_before_and_after(
     Raises:
         UserError: a checkpoint or the images are not what they should be.
     """
-    device = start_computing(device_name)
-    config = config_for(data.experiment, pick_precision(precision, device, data.experiment.task.precision), **options)
+    device = start_computing(machine.device)
+    precision = pick_precision(machine.precision, device, data.experiment.task.precision)
+    config = config_for(data.experiment, precision, **options)
     network, csi_origin = load_finished(csi_path, data, device)
     if not cvae_path.is_file():
         command = train_command(data.experiment, "train_cvae", cvae_path.resolve())
@@ -54,7 +54,7 @@ def report_before_and_after(
         )
     cvae, cvae_origin = load_stage1(data.experiment, "train_cvae", cvae_path, device)
     origins = {"CSI": csi_origin, "the CVAE": cvae_origin}
-    images = load_data(data.experiment, ood_names, data_dir, origins, device)
+    images = load_data(data.experiment, ood_names, machine.data_dir, origins, device)
     print(f"{data.name} on {device} in {config.precision}: {images.summary}", flush=True)
     tables = before_and_after(network, cvae, images, config, seeds, train_bn1)
     about = {

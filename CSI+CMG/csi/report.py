@@ -13,6 +13,7 @@ from csi.options import CSIData
 from csi.scores import VIEWS
 
 from cli.files import write_json
+from cli.options import Machine
 from cmg.scores import msp
 from datasets.datasetsHelper import Images, load_ind, load_ood
 from evaluation.report import PRETRAINED, detection_row, format_ind_table, format_table, ind_metrics
@@ -24,9 +25,7 @@ def report(
     chosen: Sequence[tuple[str, str]],
     ood_names: Sequence[str],
     path: Path,
-    device_name: str | None,
-    precision: str,
-    data_dir: Path,
+    machine: Machine,
     output: Path,
     argv: Sequence[str],
 ) -> None:
@@ -38,12 +37,12 @@ def report(
     Raises:
         UserError: the checkpoint or the images are not what they should be.
     """
-    device = start_computing(device_name)
-    precision = pick_precision(precision, device, data.experiment.task.precision)
+    device = start_computing(machine.device)
+    precision = pick_precision(machine.precision, device, data.experiment.task.precision)
     model, origin = load_finished(path, data, device)
-    _, test = load_ind(data.experiment, data_dir)
+    _, test = load_ind(data.experiment, machine.data_dir)
     test = test.to(device)
-    ood = {name: load_ood(data.experiment, name, data_dir).to(device) for name in ood_names}
+    ood = {name: load_ood(data.experiment, name, machine.data_dir).to(device) for name in ood_names}
     results = {"ind": [], "detection": []}
     for view in dict.fromkeys(view for _, view in chosen):
         found = csi_rows(view, model, test, ood, data.experiment.num_ind, precision)
