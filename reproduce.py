@@ -38,7 +38,7 @@ from reproduction.jobs import Job, Step, last_line
 from training.config import LoopConfig, TrainingOptions
 
 ABLATION_SEEDS = ("1", "2", "3")
-SAMPLES, ABLATIONS = "samples.png", "ablations.json"
+DRAWN, ABLATED = "samples.png", "ablations.json"  # files of the first job
 SHARED = (
     *("task", "networks", "ind_dir", "ood_dir", "image_size", "grey"),
     *("ood_dataset", "baselines", "device", "data_dir"),
@@ -56,7 +56,7 @@ REFUSED = {  # options of the steps that are not for the user to hand on -> what
 }
 TRAINING = option_fields(LoopConfig) | option_fields(TrainingOptions)
 DECIDES = [name for name in TRAINING if name not in ("seed", "kl_weight")]  # what train makes, beside task and seed
-READERS = {  # step -> its command, and what that checks before the work beside what the parser does
+CHECKED = {  # step -> its command, and what that checks before the work beside what the parser does
     "eval": (eval, eval.read_run),
     "ablations": (ablations, ablations.read_arguments),
 }
@@ -160,7 +160,7 @@ def main(args: argparse.Namespace) -> None:
             "images": results[0].content["images"],
         }
         # The pictures of the first job are of the same networks as the first result only once it is done.
-        samples, changes = (jobs[0].folder / name if jobs[0].is_done else None for name in (SAMPLES, ABLATIONS))
+        samples, changes = (jobs[0].folder / name if jobs[0].is_done else None for name in (DRAWN, ABLATED))
         print(f"\n{report.write_report(folder, about, results, samples, changes if args.ablations else None)}\n")
         print(f"wrote {folder}/table.md, table.csv, table.json and report.html")
     if left and args.launcher == "local":
@@ -209,11 +209,11 @@ def make_jobs(args: argparse.Namespace) -> tuple[str, list[Job]]:
             options += () if args.baselines is None else ("--baselines", *args.baselines)
             steps.append(Step("eval", "eval", (*tested, *options, *more["eval"]), (result, scores)))
             if not jobs:
-                drawn = (*of_job, "--params-dict-name2", str(networks["cvae"]), "--output", str(folder / SAMPLES))
-                steps.append(Step("samples", "figure.samples", drawn, (folder / SAMPLES,)))
+                drawn = (*of_job, "--params-dict-name2", str(networks["cvae"]), "--output", str(folder / DRAWN))
+                steps.append(Step("samples", "figure.samples", drawn, (folder / DRAWN,)))
             if not jobs and args.ablations:
-                options = ("--seeds", *ABLATION_SEEDS, "--output", str(folder / ABLATIONS), *more["eval"])
-                steps.append(Step("ablations", "reproduction.ablations", (*tested, *options), (folder / ABLATIONS,)))
+                options = ("--seeds", *ABLATION_SEEDS, "--output", str(folder / ABLATED), *more["eval"])
+                steps.append(Step("ablations", "reproduction.ablations", (*tested, *options), (folder / ABLATED,)))
             jobs.append(Job(folder, tuple(steps), tuple(machine)))
     return task_name, jobs
 
@@ -225,8 +225,8 @@ def check_steps(job: Job) -> None:
         UserError: it does not.
     """
     for step in job.steps:
-        if step.name in READERS:
-            command, read = READERS[step.name]
+        if step.name in CHECKED:
+            command, read = CHECKED[step.name]
             args = parse_options("--eval-args", command.get_parser(), step.argv)
             args.argv = list(step.argv)
             try:

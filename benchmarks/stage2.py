@@ -6,7 +6,7 @@
 plain: `cmg.reference`: every step encodes its IND and pseudo-OOD batch again, every evaluation the whole test set, and
 every mode, seed and OOD set is a run of its own; of runs of the same size one is timed. Sizes are MNIST's (Setting 1)
 and CIFAR-10's (Setting 2), divided by --scale; batches keep their 128 images and evaluations are as frequent, per image
-trained on, as at full size where that is possible ("checks" and "checks_at_full_size" count them). The
+trained on, as at full size where that is possible ("evaluations" and "evaluations_at_full_size" count them). The
 networks are the tasks' own, untrained; the images are noise of different brightness. "arithmetic_share" is the share
 of the engine's time, for 2 modes and 5 seeds in auto precision, that the networks alone would take for as many images.
 "auroc_difference" is the largest, at any evaluation, between the curves of the plain side and of the engine in fp32;
@@ -132,8 +132,8 @@ def setting1(scale: int, auto: str, repeats: tuple[int, int], device: torch.devi
         "auroc_difference_auto_precision": largest_difference(plain_curve, auto_curve),
         "auroc_last": last,
         "arithmetic_share": round(arithmetic / batched_auto, 3),
-        "checks": len(plain_curve),
-        "checks_at_full_size": 213,
+        "evaluations": len(plain_curve),
+        "evaluations_at_full_size": 213,
         "images_plain": plain_images,
         "images_engine": engine_images,
         "images_ratio_batched": round(plain_images * runs / batched_images, 2),
@@ -160,8 +160,8 @@ def setting2(scale: int, auto: str, repeats: tuple[int, int], device: torch.devi
         "ratio_setting2": round(plain / engine, 2),
         "ratio_setting2_auto_precision": round(engine / in_auto, 2),
         "setting2_arithmetic_share_fp32": round(arithmetic / engine, 3),
-        "setting2_checks": len(curve),
-        "setting2_checks_at_full_size": 60,
+        "setting2_evaluations": len(curve),
+        "setting2_evaluations_at_full_size": 60,
         "images_ratio_setting2": round(plain_images / images, 2),
     }
 
@@ -176,11 +176,11 @@ def compare_curves(work: Work, auto: str, seed: int) -> None:
         for precision in dict.fromkeys(("fp32", auto)):
             _, (curve,), _ = work.engine([mode], [seed], precision)
             metrics[mode][f"auroc_difference_{precision}"] = largest_difference(plain, curve)
-    checks, columns = len(plain), list(metrics[mode])  # the same for every mode
+    evaluations, columns = len(plain), list(metrics[mode])  # the same for every mode
     counts = [f"{count:,} {name}" for name, count in work.data.counts().items() if count]
     rows = [[mode, *(f"{value:.4g}" for value in row.values())] for mode, row in metrics.items()]
-    print(f"{', '.join(counts)}, {checks} evaluations\n\n{markdown(['mode', *columns], rows)}")
-    print_json({"curves": metrics, "checks": checks, "images": work.data.counts()} | environment(work.device))
+    print(f"{', '.join(counts)}, {evaluations} evaluations\n\n{markdown(['mode', *columns], rows)}")
+    print_json({"curves": metrics, "evaluations": evaluations, "images": work.data.counts()} | environment(work.device))
 
 
 def largest_difference(a: list[float], b: list[float]) -> float:
@@ -223,18 +223,18 @@ class Work:
         task_name: str,
         networks: Sequence[nn.Module],
         data: Stage2Data,
-        more_checks: int,
+        more_evaluations: int,
         device: torch.device,
     ):
-        """Checks come `more_checks` times as often as the task's own, so as often per image trained on where its
-        training set and test images are both divided by it."""
+        """Evaluations come `more_evaluations` times as often as the task's own, so as often per image trained on where
+        its training set and test images are both divided by it."""
         self.plain_networks, self.networks = (
             [copy.deepcopy(network).to(memory_format=memory_format) for network in networks]
             for memory_format in (torch.contiguous_format, torch.channels_last)
         )
         self.data, self.device = data, device
         own = config_for(Experiment.of(task_name, TASKS[task_name]), "fp32")
-        self.config = replace(own, eval_every=max(1, round(own.eval_every / more_checks)))
+        self.config = replace(own, eval_every=max(1, round(own.eval_every / more_evaluations)))
 
     @staticmethod
     def counted(classifier: nn.Module, extractor_images: list[int]) -> Callable[[Tensor], Tensor]:

@@ -136,10 +136,9 @@ def options_given(args: argparse.Namespace, config: type) -> dict[str, object]:
     }
 
 
-def needs_of(*configs: type) -> dict[str, Needs]:
-    """Option -> what it needs, of the options of some configurations."""
-    fields = {name: field for config in configs for name, field in option_fields(config).items()}
-    return {name: field.metadata["needs"] for name, field in fields.items() if field.metadata["needs"]}
+def needs_of(config: type) -> dict[str, Needs]:
+    """Option of a configuration -> what it needs."""
+    return {name: field.metadata["needs"] for name, field in option_fields(config).items() if field.metadata["needs"]}
 
 
 def idle_options(args: argparse.Namespace, *configs: type) -> list[str]:

@@ -28,7 +28,7 @@ from evaluation.metrics import accuracy, auroc
 from utils import autocast, generator
 
 
-class Check(NamedTuple):
+class Evaluation(NamedTuple):
     """One evaluation: of the optimizer step it follows, on the test images and on the validation images."""
 
     step: int
@@ -52,7 +52,7 @@ class Run:
     mode: str
     seed: int
     margins: tuple[float, float] | None
-    curve: list[Check] = field(default_factory=list)
+    curve: list[Evaluation] = field(default_factory=list)
     last: dict[str, Tensor] | None = None
     validated: dict[str, Tensor] | None = None
     validated_step: int | None = None
@@ -76,7 +76,7 @@ def fine_tune(
     source = pseudo.batches(seeds)
     margins = margins_of(head, bank, source, config) if any(MODES[mode].uses_margins for mode in modes) else None
     runs = start_runs(modes, seeds, margins)
-    checker = Checker(head, bank, pseudo, seeds)
+    evaluator = Evaluator(head, bank, pseudo, seeds)
     leaves = [leaf for stack in heads.values() for leaf in stack.leaves.values()]
     optimizer = torch.optim.Adam(leaves, config.learning_rate, fused=True)
     progress = Progress(config.epochs * count, "stage 2", enabled=show_progress)
@@ -86,7 +86,7 @@ def fine_tune(
         batches = torch.stack(orders).to(device).split(config.batch_size, dim=1)
         for rows, pseudo_features in zip(batches, source.of_epoch(epoch, count), strict=True):
             if step % config.eval_every == 0:
-                checker.check(step, heads, runs)
+                evaluator.evaluate(step, heads, runs)
             with autocast(device, config.precision):
                 loss = total_loss(heads, bank.train[rows], bank.train_labels[rows], pseudo_features, margins, config)
             optimizer.zero_grad(set_to_none=True)
@@ -96,7 +96,7 @@ def fine_tune(
             progress.advance(
                 rows.shape[1], lambda: f"epoch {epoch + 1}/{config.epochs}  loss {loss.item() / len(runs):.4f}"
             )
-    checker.check(step, heads, runs)
+    evaluator.evaluate(step, heads, runs)
     progress.close()
     for (mode, s), run in runs.items():
         run.last = heads[mode].copy(s)
@@ -202,7 +202,7 @@ def head_logits(head: nn.Module, parameters: dict[str, Tensor], features: Tensor
 # --- evaluations on the way ---------------------------------------------------------------------
 
 
-class Checker:
+class Evaluator:
     """Scores the heads as they stand on test, OOD and validation images."""
 
     def __init__(self, head: nn.Module, bank: FeatureBank, pseudo: PseudoOOD, seeds: Sequence[int]):
@@ -214,8 +214,8 @@ class Checker:
         self.best: dict[tuple[str, int], float] = {}
 
     @torch.no_grad()
-    def check(self, step: int, heads: dict[str, HeadStack], runs: dict[tuple[str, int], Run]) -> None:
-        """Append a `Check` to every run and keep the heads whose validation AUROC is the best so far.
+    def evaluate(self, step: int, heads: dict[str, HeadStack], runs: dict[tuple[str, int], Run]) -> None:
+        """Append an `Evaluation` to every run and keep the heads whose validation AUROC is the best so far.
 
         Raises:
             UserError: the logits of a head are not finite.
@@ -236,7 +236,7 @@ class Checker:
             aurocs = {name: auroc(ind_scores, score(features)) for name, features in self.bank.ood.items()}
             validation = auroc(score(self.bank.validation), score(self.fresh[s])) if self.fresh else None
             correct = accuracy(logits, self.bank.test_labels, self.config.num_ind)
-            run.curve.append(Check(step, correct, aurocs, validation))
+            run.curve.append(Evaluation(step, correct, aurocs, validation))
             if validation is not None and validation > self.best.get((mode, s), -1.0):
                 self.best[mode, s] = validation
                 run.validated, run.validated_step = parameters, step

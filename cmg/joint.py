@@ -89,8 +89,8 @@ class JointObjective:
         return {"loss": MODES[self.mode].loss(ind_logits, labels, pseudo_logits, self.margins, self.config)}
 
 
-def fit_jointly(model: MainModel, train: Images, objective: JointObjective, seed: int) -> MainModel:
-    """Train an untrained classifier in place, on the device of the images; return it in eval mode."""
+def fit_jointly(model: MainModel, train: Images, objective: JointObjective, seed: int) -> None:
+    """Train an untrained classifier in place, on the device of the images, and leave it in eval mode."""
     config = objective.config
     loop = LoopConfig(
         epochs=config.epochs,
@@ -102,4 +102,4 @@ def fit_jointly(model: MainModel, train: Images, objective: JointObjective, seed
     optimizer = torch.optim.Adam(model.parameters(), config.learning_rate, fused=True)
     recorder = Recorder(name=f"joint {objective.mode}, seed {seed}")
     fit(model, optimizer, train, objective, loop, Processes(train.images.device), recorder)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)

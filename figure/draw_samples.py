@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cli.options import Machine
 from cmg.config import FineTuneConfig, config_for
 from cmg.pseudo_ood import decode, draw_codes
 from datasets.datasetsHelper import Images, load_ind, to_float
@@ -24,16 +25,16 @@ def draw_samples(
     experiment: Experiment,
     path: Path,
     output: Path,
-    sigma: float | None,
+    options: dict[str, object],
     seed: int,
-    device_name: str | None,
-    data_dir: Path,
+    machine: Machine,
 ) -> None:
-    """Draw what the CVAE in `path` makes. Raises `UserError` when the checkpoint or the images cannot be read."""
-    device = start_computing(device_name)
+    """Draw what the CVAE in `path` makes, with `options` of stage 2. Raises `UserError` when the checkpoint or the
+    images cannot be read."""
+    device = start_computing(machine.device)
     cvae, _ = load_stage1(experiment, "train_cvae", path, device)
-    _, test = load_ind(experiment, data_dir)
-    config = config_for(experiment, "fp32", **({"sigma": sigma} if sigma else {}))
+    _, test = load_ind(experiment, machine.data_dir)
+    config = config_for(experiment, "fp32", **options)
     save_figure(sample_grid(make_samples(cvae, test, config, seed, device)), output)
     print(f"wrote {output}")
 

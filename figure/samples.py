@@ -11,8 +11,18 @@ from pathlib import Path
 
 from cli.errors import UserError, run_command
 from cli.files import check_outputs, short_name
-from cli.options import add_machine_arguments, add_seed_argument, positive_float
+from cli.options import (
+    Machine,
+    add_machine_arguments,
+    add_options,
+    add_seed_argument,
+    options_given,
+    refuse_idle_options,
+)
+from cmg.config import FineTuneConfig
 from datasets.tasks import add_data_arguments, add_experiment_arguments, experiment_from_arguments
+
+MAKING = ("sigma", "mixing", "mixing_probability")  # options of stage 2 that decide what pseudo-OOD images look like
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -22,7 +32,7 @@ def get_parser() -> argparse.ArgumentParser:
     add_experiment_arguments(parser)
     add_machine_arguments(parser)
     parser.add_argument("--params-dict-name2", type=Path, help="The CVAE's checkpoint (default: where train writes it)")
-    parser.add_argument("--sigma", type=positive_float, help="Standard deviation of the latents (default: the task's)")
+    add_options(parser, FineTuneConfig, only=MAKING)
     add_seed_argument(parser)
     parser.add_argument("--output", type=Path, help="PNG file (default: results/TASK_PARTITION_samples.png)")
     add_data_arguments(parser)
@@ -41,7 +51,8 @@ def main(args: argparse.Namespace) -> None:
     check_outputs(output, inputs=[path])
     if output.suffix.lower() != ".png":
         raise UserError(f"--output {output}: is written as PNG; give it a name that ends in .png")
-    draw_samples(experiment, path, output, args.sigma, args.seed, args.device, args.data_dir)
+    refuse_idle_options(args, FineTuneConfig)
+    draw_samples(experiment, path, output, options_given(args, FineTuneConfig), args.seed, Machine.of(args))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,10 @@ from reproduction.results import read_ablations, read_reported
 from training.config import resume_path
 
 ARCHIVES = (".pkl", ".resume", ".npz")  # files that torch and numpy write, all of them zip archives
-READERS = {"eval": read_reported, "reproduction.ablations": read_ablations}  # module -> of the JSON file it writes
+RESULT_READERS = {
+    "eval": read_reported,
+    "reproduction.ablations": read_ablations,
+}  # module -> of its JSON file
 
 try:
     import fcntl
@@ -56,7 +59,7 @@ class Step:
         if path.suffix in ARCHIVES:
             return zipfile.is_zipfile(path)
         try:
-            READERS.get(self.module, os.stat)(path)
+            RESULT_READERS.get(self.module, os.stat)(path)
         except (OSError, UserError):
             return False
         return path.is_file()

@@ -15,7 +15,7 @@ from evaluation.plots import auroc_over_steps, roc_curves, score_histograms, swe
 from evaluation.report import IND_TEST, PRETRAINED, PSEUDO, THE_METHOD, aggregate, cell, left_out, markdown, means
 from reproduction import tables
 from reproduction.results import read_ablations
-from reproduction.tables import Result
+from reproduction.tables import JobResult
 
 SWEEPS = {  # option of eval -> what it is
     "--sigma": "sigma, standard deviation of the latents of pseudo-OOD images",
@@ -30,7 +30,7 @@ ABLATIONS = "AUROC on {ood}; first partition and training seed; mean ± standard
 
 
 def write_report(
-    folder: Path, about: dict, results: Sequence[Result], samples: Path | None, ablations: Path | None
+    folder: Path, about: dict, results: Sequence[JobResult], samples: Path | None, ablations: Path | None
 ) -> str:
     """Write table.md, .csv and .json, the pictures and report.html into `folder`.
 
@@ -106,7 +106,7 @@ def ablation_cells(changes: dict) -> tuple[list[str], list[list[str]]]:
 # --- pictures -----------------------------------------------------------------------------------
 
 
-def draw(folder: Path, results: Sequence[Result], samples: Path | None, changes: dict | None) -> list[Picture]:
+def draw(folder: Path, results: Sequence[JobResult], samples: Path | None, changes: dict | None) -> list[Picture]:
     """Draw everything, write it to `folder`/figures as PNG, and return it for the page."""
     first = results[0]
     ood = first.content["detection"][0]["ood_dataset"]
@@ -154,7 +154,7 @@ def draw(folder: Path, results: Sequence[Result], samples: Path | None, changes:
     return pictures
 
 
-def pretrained_means(results: Sequence[Result], ood: str) -> dict[str, float]:
+def pretrained_means(results: Sequence[JobResult], ood: str) -> dict[str, float]:
     """The mean AUROC of MSP and energy before fine-tuning."""
     rows = [row for result in results for row in result.content["detection"] if is_baseline(row, ood)]
     return {

@@ -21,7 +21,7 @@ SHOWN_STEPS = 7  # columns of the table of AUROC over steps, beside the first
 
 
 @dataclass(frozen=True)
-class Result:
+class JobResult:
     """What one job made: the partition and training seed, eval's JSON file and its archive of scores."""
 
     partition: str
@@ -38,7 +38,7 @@ class Result:
         ]
 
 
-def read_result(partition: str, seed: int, output: Path, scores: Path) -> Result:
+def read_result(partition: str, seed: int, output: Path, scores: Path) -> JobResult:
     """What eval left in its JSON file and its archive of scores. Raises `UserError` if one of them is damaged."""
     content = read_reported(output)
     needed = {
@@ -54,10 +54,10 @@ def read_result(partition: str, seed: int, output: Path, scores: Path) -> Result
         raise UserError(f"{scores}: is damaged: remove it and run the same command again") from None
     if lacking := sorted(needed - arrays.keys()):
         raise UserError(f"{scores}: lacks {lacking[0]}, of which {output} has metrics: remove both and run it again")
-    return Result(partition, seed, content, arrays)
+    return JobResult(partition, seed, content, arrays)
 
 
-def detection_summary(results: Sequence[Result]) -> list[dict]:
+def detection_summary(results: Sequence[JobResult]) -> list[dict]:
     """For each OOD set the method's modes, then the others, the best first."""
     rows = [row for result in results for row in result.content["detection"]]
     summary = aggregate(rows, ("ood_dataset", "method", "at"), METRICS)
@@ -72,12 +72,12 @@ def detection_summary(results: Sequence[Result]) -> list[dict]:
     return sorted(summary, key=place)
 
 
-def ind_summary(results: Sequence[Result]) -> list[dict]:
+def ind_summary(results: Sequence[JobResult]) -> list[dict]:
     """Metrics on the IND test images."""
     return aggregate([row for result in results for row in result.content["ind"]], ("method", "at"), IND_METRICS)
 
 
-def differences(results: Sequence[Result], summary: Sequence[dict]) -> list[dict]:
+def differences(results: Sequence[JobResult], summary: Sequence[dict]) -> list[dict]:
     """Each mode's last step against the best of the pretrained classifier's detectors, for each OOD set.
 
     The best is the one with the largest mean AUROC on the test images, so the comparison favours it. The interval is
@@ -110,7 +110,7 @@ def differences(results: Sequence[Result], summary: Sequence[dict]) -> list[dict
     return found
 
 
-def steps_summary(results: Sequence[Result]) -> list[dict]:
+def steps_summary(results: Sequence[JobResult]) -> list[dict]:
     """AUROC on the way: for each OOD set and mode at step 0, the last, and halves, quarters, … of it in between, the
     mean over the runs. Runs whose evaluations came at other steps than those of the first are left out."""
     runs = [run for result in results for run in result.content["runs"] if run["curve"]]

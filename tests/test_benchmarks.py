@@ -79,7 +79,7 @@ def test_curves_are_compared_at_their_worst_check(capsys):
         *(f"| {mode} | 0.5 | 0.875 | 0 | 0.125 |" for mode in MODES),
     ]
     figures = json.loads(last)
-    assert figures["checks"] == 3 and figures["device"] == "cpu"
+    assert figures["evaluations"] == 3 and figures["device"] == "cpu"
     assert figures["curves"]["CMG-energy"]["auroc_difference_bf16"] == 0.125
 
 

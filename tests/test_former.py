@@ -13,7 +13,7 @@ import pytest
 from cmg.config import FineTuneConfig
 from reproduction import ablate, report
 from reproduction.former import with_todays_keys, with_todays_names
-from reproduction.tables import Result, detection_summary, read_result
+from reproduction.tables import JobResult, detection_summary, read_result
 
 SCORES = {  # detector -> IND test, pseudo-OOD (not before fine-tuning), OOD
     "MSP/-": ([0.1, 0.2, 0.3], None, [0.25, 0.4]),
@@ -96,7 +96,7 @@ def changes(at: str, config: dict) -> dict:
     return {"config": config, at: whole["detection"][:2], "variants": variants}
 
 
-def write(folder: Path, at: str, config: dict) -> tuple[Result, Path]:
+def write(folder: Path, at: str, config: dict) -> tuple[JobResult, Path]:
     """Both files of eval, read again, and the file of the ablations."""
     folder.mkdir()
     (folder / "eval.json").write_text(json.dumps(evaluated(at, config)))
@@ -111,12 +111,12 @@ def write(folder: Path, at: str, config: dict) -> tuple[Result, Path]:
 
 
 @pytest.fixture
-def former(tmp_path) -> tuple[Result, Path]:
+def former(tmp_path) -> tuple[JobResult, Path]:
     return write(tmp_path / "former", "untouched", FORMER_CONFIG)
 
 
 @pytest.fixture
-def todays(tmp_path) -> tuple[Result, Path]:
+def todays(tmp_path) -> tuple[JobResult, Path]:
     return write(tmp_path / "todays", "pretrained", CONFIG)
 
 
