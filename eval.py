@@ -29,7 +29,8 @@ from cli.options import (
 )
 from cmg.config import JOINT, FineTuneConfig, Request
 from cmg.losses import MODES
-from datasets.tasks import COMMANDS, add_data_arguments, add_experiment_arguments, experiment_from_arguments
+from datasets.experiments import add_data_arguments, add_experiment_arguments, experiment_from_arguments
+from datasets.tasks import COMMANDS
 from evaluation.post_hoc import POST_HOC
 from training.config import LEARNING_RATE
 

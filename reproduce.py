@@ -32,7 +32,7 @@ from cli.options import (
 )
 from cli.progress import counted
 from cmg.losses import MODES
-from datasets.tasks import add_data_arguments, add_networks_argument, experiment_from_arguments, task_names
+from datasets.experiments import add_data_arguments, add_networks_argument, experiment_from_arguments, task_names
 from reproduction import ablations
 from reproduction.jobs import Job, Step, last_line
 from training.config import LoopConfig, TrainingOptions

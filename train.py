@@ -17,7 +17,8 @@ from pathlib import Path
 
 from cli.errors import run_command
 from cli.options import Machine, add_machine_arguments, add_options, idle_options, options_given
-from datasets.tasks import COMMANDS, add_data_arguments, add_experiment_arguments, experiment_from_arguments
+from datasets.experiments import add_data_arguments, add_experiment_arguments, experiment_from_arguments
+from datasets.tasks import COMMANDS
 from training.config import LoopConfig, RunOptions, TrainingOptions
 
 

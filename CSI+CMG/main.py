@@ -21,7 +21,7 @@ from cli.errors import run_command
 from cli.files import check_outputs, short_name
 from cli.options import Machine, add_options, add_seeds_argument, changed_options, options_given, pick_all
 from cmg.config import FineTuneConfig
-from datasets.tasks import add_networks_argument
+from datasets.experiments import add_networks_argument
 
 METHOD = ("epochs", "batch_size", "learning_rate", "eval_every")  # options of stage 2 that CSI+CMG has
 NAMED = (

@@ -22,9 +22,9 @@ from PIL import Image
 from cli.errors import UserError, run_command
 from cli.options import seed_number
 from datasets.decoding import decoded, in_mode, square
+from datasets.experiments import class_folders
 from datasets.folders import for_each, list_images, raise_all, read_images
 from datasets.obtain import write_record
-from datasets.tasks import class_folders
 
 MIDDLE, SIDE = 256, 32  # pixels: of the cut-out, of the result
 

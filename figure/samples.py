@@ -20,7 +20,7 @@ from cli.options import (
     refuse_idle_options,
 )
 from cmg.config import FineTuneConfig
-from datasets.tasks import add_data_arguments, add_experiment_arguments, experiment_from_arguments
+from datasets.experiments import add_data_arguments, add_experiment_arguments, experiment_from_arguments
 
 MAKING = ("sigma", "mixing", "mixing_probability")  # options of stage 2 that decide what pseudo-OOD images look like
 

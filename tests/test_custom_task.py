@@ -19,20 +19,14 @@ import train
 from cli.errors import UserError, run_command
 from cmg.data import Stage2Data
 from datasets.datasetsHelper import Images, load_ind, load_ood
-from datasets.tasks import (
-    CUSTOM,
-    HELD_OUT,
-    MNIST,
-    RESERVED,
-    TASKS,
-    Experiment,
-    Task,
+from datasets.experiments import (
     add_data_arguments,
     add_experiment_arguments,
     custom_task,
     experiment_from_arguments,
     with_ood_folders,
 )
+from datasets.tasks import CUSTOM, HELD_OUT, MNIST, RESERVED, TASKS, Experiment, Task
 from evaluation.report import IND_TEST, PSEUDO
 from tests.tiny_data import squares, write_folder, write_mnist
 from training.networks import train_command

@@ -15,8 +15,9 @@ from cli.errors import UserError
 from datasets import decoding, obtain
 from datasets.datasetsHelper import load_ind, load_ood
 from datasets.decoding import decode_image, square
+from datasets.experiments import custom_task
 from datasets.folders import list_images, read_chunks, read_images, search
-from datasets.tasks import Experiment, custom_task
+from datasets.tasks import Experiment
 from tests.tiny_data import write_folder
 
 ORIENTATION = 0x0112

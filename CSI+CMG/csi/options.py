@@ -10,7 +10,8 @@ from pathlib import Path
 from cli.errors import UserError
 from cli.files import short_name
 from cli.options import add_machine_arguments, number, option, positive_int
-from datasets.tasks import CUSTOM, Experiment, add_data_arguments, experiment_from_arguments
+from datasets.experiments import add_data_arguments, experiment_from_arguments
+from datasets.tasks import CUSTOM, Experiment
 
 # What --dataset may be -> task of the root's registry, and partition.
 DATASETS = {
@@ -105,7 +106,7 @@ def experiment_from_csi_arguments(args: argparse.Namespace) -> CSIData:
     """The images that the parsed arguments ask for.
 
     Raises:
-        UserError: as `datasets.tasks.experiment_from_arguments`, or the images have another shape than CSI's.
+        UserError: as `datasets.experiments.experiment_from_arguments`, or the images have another shape than CSI's.
     """
     task_name, partition = DATASETS[args.dataset]
     # So that it means the same in the root, where the CVAE is trained.
