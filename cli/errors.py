@@ -55,12 +55,17 @@ def run_command(main: Callable, parser: argparse.ArgumentParser, argv: list[str]
             stream.reconfigure(errors="backslashreplace")
     parser.error = partial(_refuse, parser)
     args = parser.parse_args(argv)
+    if sys.stdout is None:
+        message = "standard output is closed, and what is printed would be lost: redirect it to a file or to /dev/null"
+        parser.exit(2, f"{parser.prog}: error: {message}\n")
     args.argv = sys.argv[1:] if argv is None else list(argv)
     try:
         with handling(raise_stopped), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of an image file is said by us
             warnings.filterwarnings("ignore", message="Validating sparse tensor")  # torch.load's; we refuse such a file
-            return main(args) or 0
+            status = main(args) or 0
+            sys.stdout.flush()  # what cannot be written is better known here than when Python ends
+            return status
     except UserError as error:
         print(f"{parser.prog}: error: {printable(str(error))}", file=sys.stderr)
         return 2
@@ -75,7 +80,7 @@ def run_command(main: Callable, parser: argparse.ArgumentParser, argv: list[str]
     except OSError as error:  # the system's own: a closed folder, a name too long, a full disk
         if error.errno is None:
             raise
-        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        what = f"{error.filename or 'standard output, or a file on the way'}: {error.strerror}"
         print(f"{parser.prog}: error: {printable(str(what))}", file=sys.stderr)
         return 2
     except Stopped as stop:

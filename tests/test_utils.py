@@ -80,7 +80,11 @@ def test_what_is_no_number_is_named(kind, text, word):
             2,
             "name: error: nnn: File name too long\n",
         ),
-        (OSError(errno.ENOSPC, "No space left on device"), 2, "name: error: No space left on device\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            2,
+            "name: error: standard output, or a file on the way: No space left on device\n",
+        ),
     ],
 )
 def test_a_foreseen_failure_is_one_line_and_a_status(capsys, failure, status, line):
@@ -106,6 +110,20 @@ def test_a_signal_is_one_line_and_its_status(capsys, signum):
     assert run_command(main, argparse.ArgumentParser("name"), []) == 128 + signum
     assert capsys.readouterr().err == f"name: stopped by {signum.name}\n"
     assert signal.getsignal(signum) == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize(
+    ("redirection", "message"),
+    [
+        (">&-", "standard output is closed, and what is printed would be lost: redirect it to a file or to /dev/null"),
+        (">/dev/full", "standard output, or a file on the way: No space left on device"),
+    ],
+)
+def test_output_that_goes_nowhere_is_named(tmp_path, redirection, message):
+    command = f"{sys.executable} -m datasets.download --check --data-dir {tmp_path} {redirection}"
+    done = subprocess.run(["bash", "-c", command], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, f"datasets.download: error: {message}\n")
 
 
 @pytest.mark.parametrize("failure", [ZeroDivisionError(), OSError("of a library")])
