@@ -14,7 +14,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import MISSING
+from dataclasses import MISSING, replace
 from pathlib import Path
 
 import eval
@@ -32,7 +32,13 @@ from cli.options import (
 )
 from cli.progress import counted
 from cmg.losses import MODES
-from datasets.experiments import add_data_arguments, add_networks_argument, experiment_from_arguments, task_names
+from datasets.experiments import (
+    add_data_arguments,
+    add_networks_argument,
+    add_space_argument,
+    experiment_from_arguments,
+    task_names,
+)
 from reproduction import ablations
 from reproduction.jobs import Job, Step, last_line
 from training.config import LoopConfig, TrainingOptions
@@ -40,10 +46,10 @@ from training.config import LoopConfig, TrainingOptions
 ABLATION_SEEDS = ("1", "2", "3")
 DRAWN, ABLATED = "samples.png", "ablations.json"  # files of the first job
 SHARED = (
-    *("task", "networks", "ind_dir", "ood_dir", "image_size", "grey"),
+    *("task", "networks", "space", "ind_dir", "ood_dir", "image_size", "grey"),
     *("ood_dataset", "baselines", "device", "data_dir"),
 )
-FILES = ("output", "save_scores", "params_dict_name", "params_dict_name2")
+FILES = ("output", "save_scores", "params_dict_name", "params_dict_name2", "classifier")
 REFUSED = {  # options of the steps that are not for the user to hand on -> what to do instead
     **{name: f"give {flag(name)} to reproduce itself" for name in SHARED},
     **dict.fromkeys(("seed", "seeds"), "give --seeds and --tuning-seeds, their numbers, to reproduce itself"),
@@ -74,6 +80,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add_machine_arguments(parser)
     add_networks_argument(parser)
+    add_space_argument(parser)
     parser.set_defaults(partition=None)
     parser.add_argument("--partitions", nargs="+", default=["all"], help="Partitions to run (default: all)")
     parser.add_argument(
@@ -160,8 +167,8 @@ def main(args: argparse.Namespace) -> None:
             "images": results[0].content["images"],
         }
         # The pictures of the first job are of the same networks as the first result only once it is done.
-        samples, changes = (jobs[0].folder / name if jobs[0].is_done else None for name in (DRAWN, ABLATED))
-        print(f"\n{report.write_report(folder, about, results, samples, changes if args.ablations else None)}\n")
+        made = {path.name: path for step in jobs[0].steps for path in step.outputs} if jobs[0].is_done else {}
+        print(f"\n{report.write_report(folder, about, results, made.get(DRAWN), made.get(ABLATED))}\n")
         print(f"wrote {folder}/table.md, table.csv, table.json and report.html")
     if left and args.launcher == "local":
         raise UserError(
@@ -176,7 +183,8 @@ def make_jobs(args: argparse.Namespace) -> tuple[str, list[Job]]:
     partitions = pick_all("--partitions", args.partitions, list(task.partitions), task_name)
     modes = pick_all("--modes", args.modes, list(MODES), task_name)
     ood_names = pick_all("--ood-dataset", args.ood_dataset, task.ood_datasets, task_name)
-    root = args.output or Path("results") / short_name(task_name)
+    in_features = task.space == "features"
+    root = args.output or Path("results") / short_name(f"{task_name}{'_features' * in_features}")
     which = [*(task.options or ("--task", task_name))]
     which += [word for ood_dir in args.ood_dir for word in ("--ood-dir", str(ood_dir))]
     which += ["--precision", args.precision] if args.precision != "auto" else []
@@ -201,6 +209,9 @@ def make_jobs(args: argparse.Namespace) -> tuple[str, list[Job]]:
                 )
                 for name, path in networks.items()
             ]
+            if in_features:
+                classifier, cvae = steps
+                steps[1] = replace(cvae, argv=(*cvae.argv, "--classifier", str(networks["classifier"])))
             loaded = ("--params-dict-name", str(networks["classifier"]), "--params-dict-name2", str(networks["cvae"]))
             tested = (*of_job, "--ood-dataset", *ood_names, "--mode", *modes, *loaded)
             result, scores = outputs(folder)
@@ -208,7 +219,7 @@ def make_jobs(args: argparse.Namespace) -> tuple[str, list[Job]]:
             options = ("--seeds", *map(str, tuning_seeds), "--output", str(result), "--save-scores", str(scores))
             options += () if args.baselines is None else ("--baselines", *args.baselines)
             steps.append(Step("eval", "eval", (*tested, *options, *more["eval"]), (result, scores)))
-            if not jobs:
+            if not jobs and not in_features:
                 drawn = (*of_job, "--params-dict-name2", str(networks["cvae"]), "--output", str(folder / DRAWN))
                 steps.append(Step("samples", "figure.samples", drawn, (folder / DRAWN,)))
             if not jobs and args.ablations:

@@ -36,7 +36,7 @@ from cmg.config import config_for
 from cmg.data import Stage2Data
 from cmg.pseudo_ood import decode, draw_codes
 from cmg.reference import reference
-from cmg.stage2 import Stage2, load_inputs
+from cmg.stage2 import Split, Stage2, load_inputs
 from datasets.datasetsHelper import Images, to_float
 from datasets.tasks import COMMANDS, TASKS, Experiment
 from evaluation.report import markdown, spread
@@ -253,7 +253,7 @@ class Work:
 
         def work():
             classifier, cvae = for_inference(self.networks[0]), self.networks[1]
-            stage2 = Stage2.of(self.counted(classifier, pushed), classifier.classifier, cvae, config)
+            stage2 = Stage2.of(Split(self.counted(classifier, pushed), classifier.classifier), cvae, config)
             runs.extend(stage2.fine_tune(stage2.encode(self.data), modes, seeds, show_progress=False))
 
         taken = seconds(work, self.device)

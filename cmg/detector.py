@@ -31,7 +31,7 @@ from cmg.scores import SCORES
 from cmg.stage2 import TUNABLE, Stage2, split_model
 from models.inference import for_inference
 from models.main_model import MainModel
-from models.vae import ConditionalVAE
+from models.vae import ClassConditionalVAE
 from training.checkpoints import fill_network
 from utils import autocast, check_finite, load_checkpoint, pick_precision, save_checkpoint
 
@@ -83,9 +83,8 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        features, _ = split_model(self.network, self.tune)
         with autocast(images.device, self.precision):
-            return features(images).float()
+            return split_model(self.network, self.tune).features(images).float()
 
 
 class CMGDetector(FeaturesDetector):
@@ -111,7 +110,7 @@ class CMGDetector(FeaturesDetector):
     def __init__(
         self,
         model: MainModel,
-        cvae: ConditionalVAE | None,
+        cvae: ClassConditionalVAE | None,
         config: FineTuneConfig,
         mode: str = "CMG-energy",
         seed: int = DEFAULT_SEED,
@@ -151,9 +150,9 @@ class CMGDetector(FeaturesDetector):
                 "this detector has no CVAE to make pseudo-OOD images with: construct it with one to fit it"
             )
         z, labels = z[known].to(self.device), labels[known].to(self.device)
-        _, head = split_model(self.model, self.finetuning.tune)
-        features, _ = split_model(self.encoder.network, self.finetuning.tune)
-        stage2 = Stage2.of(features, head, self.cvae, self.finetuning)
+        tune = self.finetuning.tune
+        split = split_model(self.encoder.network, tune)._replace(head=split_model(self.model, tune).head)
+        stage2 = Stage2.of(split, self.cvae, self.finetuning)
         # Evaluations choose nothing here; on a few training images they still find out whether the head diverges.
         few = slice(self.finetuning.batch_size)
         bank = FeatureBank(z, labels, torch.empty(0), z[few], labels[few], {})

@@ -18,6 +18,7 @@ from cmg.stage2 import Stage2Inputs, load_inputs, run_stage2
 from datasets.datasetsHelper import to_float
 from evaluation.report import format_ind_table, format_table, left_out
 from models.inference import in_chunks
+from training.train_feature_cvae import encoder_of, evaluate_feature_cvae, little_explained
 from utils import environment, pick_precision, start_computing
 
 
@@ -38,6 +39,11 @@ def evaluate(
     )
     tables = results.tables()
     about = describe("eval", request, inputs, device) | {"config": asdict(config)}
+    remark = ""
+    if inputs.cvae.makes == "features":
+        features = encoder_of(inputs.classifier, device)(inputs.data.test, config.precision)
+        about["generator"] = evaluate_feature_cvae(inputs.cvae, features, config.num_ind, config.precision)
+        remark = little_explained(about["generator"])
     write_json(output, about | tables)
     written = [str(output)]
     if scores:
@@ -48,6 +54,7 @@ def evaluate(
         made.save(detector, about, request.experiment.name)
         written.append(f"{detector}: {made.rule()}")
     print(f"\n{format_table(tables['detection'], left_out([tables]))}\n\n{format_ind_table(tables['ind'])}\n")
+    print(f"{remark}\n" * bool(remark), end="")
     print("\n".join(f"wrote {one}" for one in written))
 
 

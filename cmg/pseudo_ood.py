@@ -13,7 +13,7 @@ from cli.progress import Progress
 from cmg.config import FineTuneConfig
 from cmg.mixing import MIXINGS, mix_embeddings
 from models.inference import CHUNK
-from models.vae import ConditionalVAE
+from models.vae import ClassConditionalVAE
 from utils import autocast, check_memory, generator
 
 
@@ -47,8 +47,9 @@ def draw_codes(count: int, z_dim: int, config: FineTuneConfig, generator: torch.
     return Codes(noise, first, second, MIXINGS[config.mixing].weights(uniform, config.mixing_probability))
 
 
-def decode(vae: ConditionalVAE, codes: Codes, sigma: float) -> Tensor:
-    """Decode z = sigma * noise under the class-mixed embeddings: pseudo-OOD images [N, C, S, S] in [0, 1]."""
+def decode(vae: ClassConditionalVAE, codes: Codes, sigma: float) -> Tensor:
+    """Decode z = sigma * noise under the class-mixed embeddings: pseudo-OOD images [N, C, S, S] in [0, 1], or, by a
+    CVAE of features, features [N, F] of such images."""
     mixed = mix_embeddings(vae.embed(codes.first), vae.embed(codes.second), codes.weight)
     return vae.decode(sigma * codes.noise, mixed)
 
@@ -60,11 +61,13 @@ class PseudoOOD:
     Attributes:
         vae: in eval mode.
         features: images [B, C, S, S] in [0, 1] -> features [B, F], of the frozen extractor in eval mode.
+        of_extracted: the same from what the extractor gives on, for a CVAE of features.
     """
 
-    vae: ConditionalVAE
+    vae: ClassConditionalVAE
     features: Callable[[Tensor], Tensor]
     config: FineTuneConfig
+    of_extracted: Callable[[Tensor], Tensor] = lambda extracted: extracted
 
     @property
     def device(self) -> torch.device:
@@ -80,15 +83,16 @@ class PseudoOOD:
     def encode(self, codes: Codes, progress: Progress | None = None) -> Tensor:
         """Features [N, F] of the images of N codes. Raises `MemoryShortage` where there is no room for them."""
         parts, chunk, count = [], CHUNK[self.device.type], len(codes.first)
+        to_features = self.features if self.vae.makes == "images" else self.of_extracted
         with autocast(self.device, self.config.precision):
             for start in range(0, count, chunk):
-                images = decode(self.vae, codes.rows(start, start + chunk).to(self.device), self.config.sigma)
-                parts.append(self.features(images.float()).float())
+                made = decode(self.vae, codes.rows(start, start + chunk).to(self.device), self.config.sigma)
+                parts.append(to_features(made.float()).float())
                 if start == 0:  # they will be there in parts, as one and among those of all seeds
                     needed = 3 * count * parts[0][0].nbytes
                     check_memory(needed, self.device, f"the features of {count:,} pseudo-OOD images")
                 if progress:
-                    progress.advance(len(images))
+                    progress.advance(len(made))
         return torch.cat(parts)
 
     def batches(self, seeds: Sequence[int]) -> FreshFeatures | PooledFeatures:

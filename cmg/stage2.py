@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from cmg.results import Results, Scored, compare, pretrained_scores, run_scores
 from datasets.tasks import Experiment
 from models.inference import for_inference
 from models.main_model import MainModel
-from models.vae import ConditionalVAE
+from models.vae import ClassConditionalVAE
 from training.networks import load_networks
 
 TUNABLE = {"head": "classifier", "last-layer": "classifier.fc2"}  # what --tune names -> submodule of MainModel
@@ -30,7 +31,7 @@ class Stage2Inputs:
 
     experiment: Experiment
     classifier: MainModel
-    cvae: ConditionalVAE
+    cvae: ClassConditionalVAE
     origins: dict[str, dict]
     data: Stage2Data
 
@@ -48,15 +49,26 @@ def load_inputs(
     return Stage2Inputs(experiment, classifier, cvae, origins, load_data(experiment, ood_names, data_dir, made, device))
 
 
-def split_model(model: MainModel, tune: str) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
-    """The frozen part, images [B, C, S, S] -> [B, F], and the part that is fine-tuned, [B, F] -> [B, classes].
+class Split(NamedTuple):
+    """A classifier in two.
 
-    `tune` is "head", as in the method, or "last-layer", which freezes the head's first layer too.
+    Attributes:
+        features: the frozen part, images [B, C, S, S] -> [B, F].
+        head: the part that is fine-tuned, [B, F] -> [B, classes].
+        of_extracted: what of the frozen part lies behind the extractor, the extractor's features -> [B, F].
     """
+
+    features: Callable[[Tensor], Tensor]
+    head: nn.Module
+    of_extracted: Callable[[Tensor], Tensor] = lambda extracted: extracted
+
+
+def split_model(model: MainModel, tune: str) -> Split:
+    """`tune` is "head", as in the method, or "last-layer", which freezes the head's first layer too."""
     tuned = model.get_submodule(TUNABLE[tune])
     if tune == "head":
-        return model.features, tuned
-    return lambda images: model.classifier.hidden(model.features(images)), tuned
+        return Split(model.features, tuned)
+    return Split(lambda images: model.classifier.hidden(model.features(images)), tuned, model.classifier.hidden)
 
 
 @dataclass(frozen=True)
@@ -72,11 +84,9 @@ class Stage2:
     pseudo: PseudoOOD
 
     @classmethod
-    def of(
-        cls, features: Callable[[Tensor], Tensor], head: nn.Module, cvae: ConditionalVAE, config: FineTuneConfig
-    ) -> Stage2:
+    def of(cls, split: Split, cvae: ClassConditionalVAE, config: FineTuneConfig) -> Stage2:
         """From a classifier's two parts and the CVAE, which is copied into its faster form."""
-        return cls(head, PseudoOOD(for_inference(cvae), features, config))
+        return cls(split.head, PseudoOOD(for_inference(cvae), split.features, config, split.of_extracted))
 
     def encode(self, data: Stage2Data) -> FeatureBank:
         """The features of all real images."""
@@ -125,7 +135,7 @@ def run_stage2(
     """
     compared, left_out = compare(inputs.classifier, inputs.data, config, baselines) if baselines else ([], {})
     split = "head" if config.tune == JOINT else config.tune
-    stage2 = Stage2.of(*split_model(for_inference(inputs.classifier), split), inputs.cvae, config)
+    stage2 = Stage2.of(split_model(for_inference(inputs.classifier), split), inputs.cvae, config)
     banks, key = {} if banks is None else banks, (split, config.precision)
     if key not in banks:
         banks[key] = stage2.encode(inputs.data)

@@ -14,7 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from cli.errors import UserError, printable
-from datasets.tasks import CUSTOM, FAMILIES, RESERVED, TASKS, WIDTHS, Experiment, Task, UserFolder, all_partitions
+from datasets.tasks import (
+    CUSTOM,
+    FAMILIES,
+    RESERVED,
+    SPACES,
+    TASKS,
+    WIDTHS,
+    Experiment,
+    Task,
+    UserFolder,
+    all_partitions,
+)
 
 
 def custom_task(ind_dir: Path, ood_dirs: Sequence[Path] = (), image_size: int = 32, image_channels: int = 3) -> Task:
@@ -134,6 +145,18 @@ def add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
         "--partition", choices=all_partitions(), help="Which classes are IND (default: the task's first)"
     )
     add_networks_argument(parser)
+    add_space_argument(parser)
+
+
+def add_space_argument(parser: argparse.ArgumentParser) -> None:
+    """What the CVAE makes."""
+    parser.add_argument(
+        "--space",
+        choices=SPACES,
+        default=SPACES[0],
+        help="What the CVAE makes: images, as in the method, or features of the classifier's frozen extractor "
+        "(default: %(default)s)",
+    )
 
 
 def add_networks_argument(parser: argparse.ArgumentParser, of: str = "") -> None:
@@ -175,7 +198,7 @@ def experiment_from_arguments(args: argparse.Namespace) -> Experiment:
         UserError: as `custom_task`, `Experiment.of` and `with_networks`, or an argument does not go with the task.
     """
     name, task = custom_from_arguments(args) if args.task == CUSTOM else registered_from_arguments(args)
-    return Experiment.of(name, task, args.partition).with_networks(args.networks)
+    return Experiment.of(name, task, args.partition).with_networks(args.networks).in_space(args.space)
 
 
 def custom_from_arguments(args: argparse.Namespace) -> tuple[str, Task]:

@@ -56,9 +56,11 @@ class Task:
         fine_tuning: options of stage 2, fields of `cmg.config.FineTuneConfig`, that are not the method's defaults.
         kl_weight: factor on the KL term of the CVAE's loss.
         epochs: of each training command.
+        feature_epochs: of the CVAE where it is one of features.
         batch_size: of the training commands.
         precision: what `--precision auto` takes; "auto" takes bf16 where the hardware has it.
         augment: random crop and flip while the classifier trains.
+        space: one of `SPACES`.
         folders: the data sets that are the user's own, by name; names not found here are keys of `READERS`.
         options: of the command line that make this task, where --task alone does not.
     """
@@ -74,9 +76,11 @@ class Task:
     fine_tuning: Mapping[str, object]
     embedded_classes: int = 10
     batch_size: int = 512
+    feature_epochs: int = 20
     kl_weight: float = 1.0
     precision: str = "auto"
     augment: bool = False
+    space: str = "images"
     folders: Mapping[str, UserFolder] = field(default_factory=dict)
     options: tuple[str, ...] = ()
 
@@ -95,6 +99,8 @@ FAMILIES = {
         "fine_tuning": {"sigma": 5.0, "eval_every": 20},
     },
 }
+
+FEATURE_SIGMA = 2.0  # of a CVAE of features, with any images
 
 # What --networks may be, for images of 32x32 pixels -> family.
 WIDTHS = {"full": "cifar10", "narrow": "narrow"}
@@ -120,6 +126,7 @@ TASKS: dict[str, Task] = {
         logits=11,
         kl_weight=0.1,
         epochs={"train_classifier": 60, "train_cvae": 100},
+        feature_epochs=200,
         batch_size=64,
         precision="fp32",  # as fast on networks so small, and the same on more processors
         fine_tuning={
@@ -139,6 +146,7 @@ TASKS: dict[str, Task] = {
         logits=11,
         kl_weight=0.1,
         epochs={"train_classifier": 30, "train_cvae": 60},
+        feature_epochs=200,
         batch_size=64,
         fine_tuning={"sigma": 5.0, "epochs": 60, "eval_every": 20},
     ),
@@ -170,6 +178,8 @@ def all_partitions() -> list[str]:
     """The partitions of all tasks, for argparse choices."""
     return list(dict.fromkeys(name for task in TASKS.values() for name in task.partitions))
 
+
+SPACES = ("images", "features")  # what the CVAE makes: images, or features of the frozen extractor
 
 COMMANDS = {"train_classifier": "classifier", "train_cvae": "cvae"}  # training command -> network
 
@@ -235,6 +245,19 @@ class Experiment:
         options = (*(task.options or ("--task", self.name)), "--networks", width)
         return replace(self, name=f"{self.name}_{width}", task=replace(task, networks=WIDTHS[width], options=options))
 
+    def in_space(self, space: str) -> Experiment:
+        """The same with a CVAE that makes what `space`, one of `SPACES`, names: features have a schedule, a
+        weight of the KL term and a sigma of their own."""
+        if space == self.task.space:
+            return self
+        task = self.task
+        epochs = task.epochs | {"train_cvae": task.feature_epochs}
+        options = (*(task.options or ("--task", self.name)), "--space", space)
+        fine_tuning = task.fine_tuning | {"sigma": FEATURE_SIGMA}
+        changed = {"space": space, "epochs": epochs, "kl_weight": 1.0, "fine_tuning": fine_tuning, "options": options}
+        return replace(self, task=replace(task, **changed))
+
     def checkpoint(self, command: str) -> Path:
         """Where a training command writes when it isn't told: ckpt/TASK_PARTITION_NETWORK.pkl."""
-        return Path("ckpt") / f"{short_name(f'{self.name}_{self.partition}_{COMMANDS[command]}')}.pkl"
+        space = "_features" if command == "train_cvae" and self.task.space == "features" else ""
+        return Path("ckpt") / f"{short_name(f'{self.name}_{self.partition}_{COMMANDS[command]}{space}')}.pkl"

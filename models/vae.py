@@ -78,8 +78,44 @@ NETWORKS = {
 }
 
 
-class ConditionalVAE(nn.Module):
-    """A VAE whose decoder is conditioned on a learned class embedding.
+class ClassConditionalVAE(nn.Module):
+    """A VAE whose decoder is conditioned on a learned class embedding; of what, is its subclasses' `encode` and
+    `decode`.
+
+    Attributes, which subclasses set:
+        makes: what it decodes to, "images" or "features".
+        z_dim, class_num: dimensions of the latent and of the class embedding; classes that can be embedded.
+        class_embed: linear layer, [B, class_num] -> [B, z_dim].
+    """
+
+    makes: str
+    z_dim: int
+    class_num: int
+    class_embed: nn.Linear
+
+    def encode(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, …] -> mean and log-variance of q(z | x), each [B, z_dim]."""
+        raise NotImplementedError
+
+    def decode(self, z: Tensor, embedding: Tensor) -> Tensor:
+        """[B, z_dim] and [B, z_dim] -> [B, …]."""
+        raise NotImplementedError
+
+    def embed(self, labels: Tensor) -> Tensor:
+        """[B] class numbers -> [B, z_dim]."""
+        return self.class_embed(F.one_hot(labels, self.class_num).to(self.class_embed.weight.dtype))
+
+    def forward(self, inputs: Tensor, labels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstructions [B, …], means and log-variances [B, z_dim], with z = mean + noise * exp(logvar / 2)."""
+        mean, logvar = self.encode(inputs)
+        # The latent and its statistics stay in fp32 under autocast: exp and the KL need the digits.
+        mean, logvar = mean.float(), logvar.float()
+        z = mean + noise * torch.exp(logvar / 2)
+        return self.decode(z, self.embed(labels)), mean, logvar
+
+
+class ConditionalVAE(ClassConditionalVAE):
+    """The method's conditional VAE of images.
 
     Args:
         z_dim: dimensions of the latent and of the class embedding.
@@ -88,6 +124,8 @@ class ConditionalVAE(nn.Module):
         class_num: classes that can be embedded.
         dataset: family of networks, a key of `NETWORKS`.
     """
+
+    makes = "images"
 
     def __init__(
         self,
@@ -116,19 +154,7 @@ class ConditionalVAE(nn.Module):
         hidden = F.relu(self.fcE(self.convE(images).flatten(1)))
         return self.fcE_mean(hidden), self.fcE_logvar(hidden)
 
-    def embed(self, labels: Tensor) -> Tensor:
-        """[B] class numbers -> [B, z_dim]."""
-        return self.class_embed(F.one_hot(labels, self.class_num).to(self.class_embed.weight.dtype))
-
     def decode(self, z: Tensor, embedding: Tensor) -> Tensor:
         """[B, z_dim] and [B, z_dim] -> images [B, C, S, S] in [0, 1]."""
         hidden = F.relu(self.fromZ(torch.cat([z, embedding], dim=1)))
         return torch.sigmoid(self.convD(self.fcD(hidden).unflatten(1, self.decoder_shape)))
-
-    def forward(self, images: Tensor, labels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstructions [B, C, S, S], means and log-variances [B, z_dim], with z = mean + noise * exp(logvar / 2)."""
-        mean, logvar = self.encode(images)
-        # The latent and its statistics stay in fp32 under autocast: exp and the KL need the digits.
-        mean, logvar = mean.float(), logvar.float()
-        z = mean + noise * torch.exp(logvar / 2)
-        return self.decode(z, self.embed(labels)), mean, logvar

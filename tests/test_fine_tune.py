@@ -308,7 +308,7 @@ def test_networks_and_batch_norm_statistics_stay_bit_equal(digits_classifier, di
     results = run_stage2(inputs, config, MODES, [1, 2])
     for network, state in zip((digits_classifier, digits_cvae), before, strict=True):
         assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
-    tuned = {name: p.shape for name, p in split_model(digits_classifier, part)[1].named_parameters()}
+    tuned = {name: p.shape for name, p in split_model(digits_classifier, part).head.named_parameters()}
     for run in results.runs:
         assert {name: p.shape for name, p in run.last.items()} == tuned
     assert set(tuned) == (
@@ -318,7 +318,7 @@ def test_networks_and_batch_norm_statistics_stay_bit_equal(digits_classifier, di
 
 @pytest.mark.parametrize("part", ["head", "last-layer"])
 def test_frozen_and_tuned_part_make_up_the_classifier(digits_classifier, data, part):
-    features, head = split_model(digits_classifier, part)
+    features, head, _ = split_model(digits_classifier, part)
     with torch.no_grad():
         expected = digits_classifier(to_float(data.test.images))
         torch.testing.assert_close(head(features(to_float(data.test.images))), expected)

@@ -5,6 +5,7 @@ How a checkpoint was made rides along as an attribute of the state dict, which `
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -129,6 +130,14 @@ def fill_network(path: Path, state: dict, model: nn.Module, what: str, expected:
             raise UserError(f"{path}: {name} holds variances below 0. {remedy}")
     model.load_state_dict(state)
     return origin
+
+
+def weights_checksum(model: nn.Module) -> int:
+    """By which a network that depends on another knows it again."""
+    checksum = 0
+    for tensor in model.state_dict().values():
+        checksum = zlib.crc32(tensor.detach().cpu().contiguous().numpy().tobytes(), checksum)
+    return checksum
 
 
 def origin_of(state: dict) -> dict:

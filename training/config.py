@@ -55,6 +55,13 @@ class TrainingOptions:
         default_of="the task's",
         needs={"command": ("train_cvae",)},
     )
+    classifier: Path | None = option(
+        None,
+        help="Checkpoint of the classifier on whose features the CVAE is trained",
+        type=Path,
+        default_of="where train writes it",
+        needs={"space": ("features",)},
+    )
     val_fraction: float = option(
         0.0,
         help="Share of the IND training images kept out, on which eval can choose its step",

@@ -13,9 +13,9 @@ from cli.errors import UserError
 from datasets.tasks import COMMANDS, Experiment
 from models.main_model import MainModel
 from models.vae import ConditionalVAE
-from training.checkpoints import load_network
+from training.checkpoints import load_network, weights_checksum
 from training.config import resume_path
-from training.stages import STAGES
+from training.stages import stage_of
 
 
 def train_command(experiment: Experiment, command: str, path: Path) -> str:
@@ -32,7 +32,7 @@ def load_stage1(experiment: Experiment, command: str, path: Path, device: torch.
     Raises:
         UserError: the file is missing or is not what it should be.
     """
-    network = STAGES[command].build(experiment.task)
+    network = stage_of(experiment.task, command).build(experiment.task)
     remedy = f"Make it with: {train_command(experiment, command, path)}"
     expected = {"command": command, "task": experiment.name, "partition": experiment.partition}
     origin = load_network(path, network, f"the {COMMANDS[command]} of {experiment.name}", expected, remedy)
@@ -59,4 +59,12 @@ def load_networks(
         raise UserError(f"{files}. Make what is missing with: {remedy}")
     loaded = {command: load_stage1(experiment, command, paths[command], device) for command in COMMANDS}
     origins = {command: origin for command, (_, origin) in loaded.items()}
-    return loaded["train_classifier"][0], loaded["train_cvae"][0], origins
+    classifier, cvae = (loaded[command][0] for command in COMMANDS)
+    trained_on = origins["train_cvae"].get("classifier")
+    if trained_on is not None and trained_on != weights_checksum(classifier):
+        raise UserError(
+            f"{paths['train_cvae']}: was trained on the features of another classifier than "
+            f"{paths['train_classifier']}. Make it anew with: "
+            f"{train_command(experiment, 'train_cvae', paths['train_cvae'])}"
+        )
+    return classifier, cvae, origins

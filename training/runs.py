@@ -68,6 +68,8 @@ class Training:
         objective: of `training.loop.fit`.
         report: (network in eval mode, test images, precision) -> what is printed in the end.
         schedule: (loop, number of training images) -> of `training.loop.fit`.
+        encode: (images, precision) -> what the network sees in their place.
+        start: takes from what the network sees all that it needs to know before the first step.
         compact, expand: bring the network into the form in which it is trained, and back, both in place.
         whole_batches: whether each of several processes needs images of every batch.
     """
@@ -81,6 +83,8 @@ class Training:
     objective: Objective
     report: Callable[[nn.Module, Images, str], str]
     schedule: Callable[[LoopConfig, int], Callable[[float], float] | None]
+    encode: Callable[[Images, str], Images] = lambda images, precision: images
+    start: Callable[[nn.Module, Images], None] = lambda model, images: None
     compact: Callable[[nn.Module], None] = lambda model: None
     expand: Callable[[nn.Module], None] = lambda model: None
     whole_batches: bool = False
@@ -116,12 +120,15 @@ def train(
                 f"--batch_size {config.batch_size}: the last batch of an epoch has fewer images than there are "
                 f"processes ({processes.world}); choose another size"
             )
+        images = training.encode(images, precision)
         torch.manual_seed(derive_seed(config.seed, "initialisation", training.command))
         model = training.build().to(processes.device, memory_format=torch.channels_last)
+        training.start(model, images)
         training.compact(model)
         _fit_to_checkpoint(training, model, images, what, path, config, options, processes)
         if processes.is_main:
-            print(training.report(model.eval(), test_images.to(processes.device), config.precision))
+            test_images = training.encode(test_images, precision).to(processes.device)
+            print(training.report(model.eval(), test_images, precision))
             print(f"wrote {path}")
 
 

@@ -12,10 +12,14 @@ from torch import nn
 from cli.options import Machine
 from datasets.datasetsHelper import Images
 from datasets.tasks import Experiment
+from training.checkpoints import weights_checksum
 from training.config import RunOptions, TrainingOptions
 from training.loop import warmup_schedule
+from training.networks import load_stage1
 from training.runs import Training, format_metrics, train
-from training.stages import STAGES
+from training.stages import STAGES, stage_of
+from training.train_feature_cvae import encoder_of
+from utils import pick_device
 
 
 def train_network(
@@ -30,11 +34,11 @@ def train_network(
     """Train one network of stage 1, or go on with its training. Raises `UserError` as `training.runs.train`.
 
     Args:
-        command: a key of `STAGES`.
+        command: "train_classifier" or "train_cvae".
         path: of the checkpoint.
         loop: what differs from the task's and the method's in `LoopConfig`.
     """
-    task, stage = experiment.task, STAGES[command]
+    task, stage = experiment.task, stage_of(experiment.task, command)
     if chosen.kl_weight is not None:
         task = replace(task, kl_weight=chosen.kl_weight)
     what = {"task": experiment.name, "partition": experiment.partition, "val_fraction": chosen.val_fraction}
@@ -42,7 +46,18 @@ def train_network(
 
     def report(model: nn.Module, test_images: Images, precision: str) -> str:
         metrics = stage.evaluate(model, test_images, experiment.num_ind, precision)
-        return f"IND test images: {format_metrics(metrics)}{stage.remark(metrics)}"
+        return "\n".join([f"IND test images: {format_metrics(metrics)}", *filter(None, [stage.remark(metrics)])])
+
+    in_features = {}
+    if stage is STAGES["train_feature_cvae"]:
+        device = pick_device(machine.device)
+        path_of_classifier = chosen.classifier or experiment.checkpoint("train_classifier")
+        classifier, _ = load_stage1(experiment, "train_classifier", path_of_classifier, device)
+        what |= {"space": task.space, "classifier": weights_checksum(classifier)}
+        in_features = {
+            "encode": encoder_of(classifier, device),
+            "start": lambda model, features: model.fit_statistics(features.images),
+        }
 
     training = Training(
         command=command,
@@ -56,6 +71,7 @@ def train_network(
         schedule=warmup_schedule,
         compact=stage.compact,
         expand=stage.expand,
+        **in_features,
     )
     own = {"epochs": task.epochs[command], "batch_size": task.batch_size}
     train(training, experiment, path, own | loop, options, machine)

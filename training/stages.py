@@ -1,4 +1,4 @@
-"""The two trainings of stage 1 as a table: what `python -m train --command …` does."""
+"""The trainings of stage 1 as a table: what `python -m train --command …` does."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from training.compact_cvae import compact, expand
 from training.loop import Objective
 from training.train_classifier import ClassifierObjective, build_classifier, evaluate_classifier
 from training.train_cvae import CVAEObjective, build_cvae, collapse_remark, evaluate_cvae
+from training.train_feature_cvae import (
+    FeatureCVAEObjective,
+    build_feature_cvae,
+    evaluate_feature_cvae,
+    little_explained,
+)
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class Stage:
         build: the untrained network of a task.
         objective: what a task's training minimises.
         evaluate: (model, test images, number of IND classes, precision) -> metrics.
-        remark: metrics -> what the user should know about them, or nothing.
+        remark: metrics -> a line that the user should know about them, or nothing.
         compact, expand: bring the network into the form in which it is trained, and back, both in place.
     """
 
@@ -39,4 +45,16 @@ STAGES = {
     "train_cvae": Stage(
         build_cvae, lambda task: CVAEObjective(task.kl_weight), evaluate_cvae, collapse_remark, compact, expand
     ),
+    "train_feature_cvae": Stage(
+        build_feature_cvae,
+        lambda task: FeatureCVAEObjective(task.kl_weight),
+        evaluate_feature_cvae,
+        little_explained,
+    ),
 }
+
+
+def stage_of(task: Task, command: str) -> Stage:
+    """What a training command trains for a task."""
+    in_features = command == "train_cvae" and task.space == "features"
+    return STAGES["train_feature_cvae" if in_features else command]

@@ -59,4 +59,4 @@ def collapse_remark(metrics: dict[str, float]) -> str:
     """What to do about a posterior that carries no information, or nothing."""
     if metrics["kl_nats"] >= COLLAPSED:
         return ""
-    return "\nThe posterior has collapsed: the decoder ignores its latents. Try --warmup 200 or another --seed"
+    return "The posterior has collapsed: the decoder ignores its latents. Try --warmup 200 or another --seed"

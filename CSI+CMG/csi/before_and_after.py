@@ -19,7 +19,7 @@ from cli.files import write_json
 from cli.options import Machine
 from cmg.config import FineTuneConfig, config_for
 from cmg.data import Stage2Data, load_data
-from cmg.stage2 import Stage2
+from cmg.stage2 import Split, Stage2
 from evaluation.report import PRETRAINED, format_ind_table, format_table
 from models.vae import ConditionalVAE
 from training.networks import load_stage1, train_command
@@ -89,7 +89,7 @@ def before_and_after(
         features, head = flat_pixels, Bn1AndLinear(network)
     else:
         features, head = network.features, network.linear
-    stage2 = Stage2.of(features, head, cvae, config)
+    stage2 = Stage2.of(Split(features, head), cvae, config)
     tables = stage2.results(stage2.encode(data), ["CMG-energy"], seeds).tables()
     # CSI's own rows hold the softmax score and the accuracy of the pretrained head already.
     after = {

@@ -111,8 +111,8 @@ def experiment_from_csi_arguments(args: argparse.Namespace) -> CSIData:
     task_name, partition = DATASETS[args.dataset]
     # So that it means the same in the root, where the CVAE is trained.
     ind_dir = args.ind_dir and args.ind_dir.resolve()
-    asked = vars(args) | {"task": task_name, "partition": partition, "ind_dir": ind_dir, "networks": None}
-    experiment = experiment_from_arguments(argparse.Namespace(**asked))
+    asked = {"task": task_name, "partition": partition, "ind_dir": ind_dir, "networks": None, "space": "images"}
+    experiment = experiment_from_arguments(argparse.Namespace(**vars(args) | asked))
     if (experiment.task.image_channels, experiment.task.image_size) != (3, 32):
         raise UserError("CSI takes images of 3 channels and 32x32 pixels only; leave out --grey and --image-size")
     return CSIData(experiment.name if args.dataset == CUSTOM else args.dataset, experiment)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from cli.files import check_outputs
 from cli.options import Machine
 from datasets.datasetsHelper import Images
 from evaluation.report import ind_metrics
+from training.checkpoints import weights_checksum
 from training.config import RunOptions
 from training.runs import Training, format_metrics, train
 
@@ -79,11 +79,3 @@ def start_of(
     kept = origin.get("val_fraction", 0.0)
     what = {"width": len(model.bn1.weight), "val_fraction": kept, "representation": weights_checksum(model)}
     return (lambda: model), what
-
-
-def weights_checksum(model: CSINet) -> int:
-    """By which a resumed run knows the representation it started from."""
-    checksum = 0
-    for tensor in model.state_dict().values():
-        checksum = zlib.crc32(tensor.numpy().tobytes(), checksum)
-    return checksum
