@@ -155,7 +155,11 @@ def main(args: argparse.Namespace) -> None:
     for job in left if args.launcher == "local" else ():
         print(f"{job.name} failed: {last_line(job.log)} (log: {job.log})")
     if done:
-        results = [tables.read_result(*job_of(job), *outputs(job.folder)) for job in done]
+        results = []
+        for job in done:
+            partition, seed = job_of(job)
+            expected = {"task": task_name, "partition": partition, "seeds": tuning_seeds(seed, args.tuning_seeds)}
+            results.append(tables.read_result(partition, seed, *outputs(job.folder), expected))
         about = {
             "task": task_name,
             "command": shlex.join(["python", "-m", "reproduce", *args.argv]),
@@ -215,8 +219,14 @@ def make_jobs(args: argparse.Namespace) -> tuple[str, list[Job]]:
             loaded = ("--params-dict-name", str(networks["classifier"]), "--params-dict-name2", str(networks["cvae"]))
             tested = (*of_job, "--ood-dataset", *ood_names, "--mode", *modes, *loaded)
             result, scores = outputs(folder)
-            tuning_seeds = range((seed - 1) * args.tuning_seeds + 1, seed * args.tuning_seeds + 1)
-            options = ("--seeds", *map(str, tuning_seeds), "--output", str(result), "--save-scores", str(scores))
+            options = (
+                "--seeds",
+                *map(str, tuning_seeds(seed, args.tuning_seeds)),
+                "--output",
+                str(result),
+                "--save-scores",
+                str(scores),
+            )
             options += () if args.baselines is None else ("--baselines", *args.baselines)
             steps.append(Step("eval", "eval", (*tested, *options, *more["eval"]), (result, scores)))
             if not jobs and not in_features:
@@ -279,6 +289,11 @@ def training_options(flag: str, argv: Sequence[str]) -> dict[str, object]:
     """The values of `DECIDES` in the options of train. Raises `UserError`, which names `flag`."""
     given = vars(parse_options(flag, train.get_parser(), argv))
     return {name: TRAINING[name].default if given[name] is None else given[name] for name in DECIDES}
+
+
+def tuning_seeds(seed: int, count: int) -> list[int]:
+    """The seeds of stage 2 for a training seed: others for every one, and the same where there is one."""
+    return list(range((seed - 1) * count + 1, seed * count + 1))
 
 
 def outputs(folder: Path) -> tuple[Path, Path]:

@@ -12,6 +12,9 @@ import os
 import pickle
 import platform
 import re
+import warnings
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -224,7 +227,9 @@ def load_checkpoint(path: Path, remedy: str = "Make it again or fetch it again")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); expected a file that you may read") from None
     try:
-        with safe_globals(numpy_values()):
+        check_sums(path)
+        with safe_globals(numpy_values()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what they are about is refused in one line
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         harmful = "GLOBAL" in str(error) or "instantiate" in str(error) or "reduce" in str(error).lower()
@@ -245,11 +250,24 @@ def load_checkpoint(path: Path, remedy: str = "Make it again or fetch it again")
         TypeError,
         OSError,
         UnicodeDecodeError,
-    ):
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        if "TorchScript" in str(error):
+            raise UserError(f"{path}: holds a TorchScript program; {expected}: save its state_dict()") from None
         raise UserError(f"{path}: is not a checkpoint or is damaged; {expected}. {remedy}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}; {expected}. {remedy}")
     return content
+
+
+def check_sums(path: Path) -> None:
+    """Compare the checksums of the archive that `torch.save` writes, which `torch.load` does not: a bit that a disk has
+    lost is another weight. Raises `BadZipFile`."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(damaged)
 
 
 def numpy_values() -> list:
@@ -264,9 +282,10 @@ def numpy_values() -> list:
     return [*made, np.ndarray, np.dtype, *kinds]
 
 
-def check_finite(path: Path, values: dict, remedy: str) -> None:
-    """Raise `UserError` naming the first of the tensors or numbers read from `path` that is not finite throughout, or
-    that is no ordinary tensor: sparse, quantized, complex or without values."""
+def check_values(path: Path, values: dict, remedy: str) -> None:
+    """Raise `UserError` naming the first of the tensors or numbers read from `path` that is not finite throughout, is a
+    variance below 0, or is no ordinary tensor: sparse, quantized, complex, without values or with few values repeated.
+    """
     for name, value in values.items():
         if isinstance(value, torch.Tensor):
             if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_complex():
@@ -274,8 +293,14 @@ def check_finite(path: Path, values: dict, remedy: str) -> None:
                 raise UserError(
                     f"{path}: the tensor {name} is {kind}; expected an ordinary one of real numbers. {remedy}"
                 )
-            bad = int((~value.isfinite()).sum()) if value.is_floating_point() else 0
-            if bad:
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise UserError(f"{path}: the tensor {name} shows more values than it holds. {remedy}")
+            if not value.is_floating_point():
+                continue
+            value = value if value.element_size() > 1 else value.float()  # torch compares no numbers of 8 bits
+            if bad := int((~value.isfinite()).sum()):
                 raise UserError(f"{path}: {bad:,} of the {value.numel():,} values of {name} are not finite. {remedy}")
+            if str(name).endswith("running_var") and (value < 0).any():
+                raise UserError(f"{path}: {name} holds variances below 0. {remedy}")
         elif isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{path}: {name} is {value}, expected a finite number. {remedy}")

@@ -33,8 +33,9 @@ from cli.options import add_device_arguments, positive_int
 from datasets.datasetsHelper import Images
 from datasets.tasks import TASKS
 from training.config import LoopConfig
-from training.loop import Recorder, fit
+from training.loop import fit
 from training.processes import Processes
+from training.run_state import Recorder
 from training.stages import STAGES
 from utils import autocast, environment, pick_device, pick_precision, tune_processor
 

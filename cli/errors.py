@@ -74,6 +74,11 @@ def run_command(main: Callable, parser: argparse.ArgumentParser, argv: list[str]
             raise
         print(f"{parser.prog}: error: {shortage}; {less_memory(parser)}", file=sys.stderr)
         return 2
+    except ImportError as error:
+        if "failed to map segment" not in str(error):
+            raise
+        print(f"{parser.prog}: error: not enough memory to load {error}", file=sys.stderr)
+        return 2
     except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as SIGPIPE ends a process

@@ -132,6 +132,8 @@ def read_json(path: Path, shape: object, what: str) -> dict:
         UserError: the file is missing or is something else.
     """
     try:
+        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # a pipe would be waited for
+            raise UserError(f"{path}: is not a plain file; expected {what}")
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected {what}") from None
@@ -143,8 +145,9 @@ def read_json(path: Path, shape: object, what: str) -> dict:
 
 
 def fits(value: object, shape: object) -> bool:
-    """Whether a value read back has a shape: a type, where float takes any finite number; [shape] for a list of any
-    length; a dict of the keys that it must have at least, but for those whose shape is in a tuple: (shape,)."""
+    """Whether a value read back has a shape: a type, where float takes any finite number and int no truth value; a
+    function that tells; [shape] for a list of any length; a dict of the keys that it must have at least, but for those
+    whose shape is in a tuple: (shape,)."""
     if isinstance(shape, dict):
         return isinstance(value, dict) and all(
             fits(value[key], part[0] if isinstance(part, tuple) else part) if key in value else isinstance(part, tuple)
@@ -154,6 +157,10 @@ def fits(value: object, shape: object) -> bool:
         return isinstance(value, list) and all(fits(part, shape[0]) for part in value)
     if shape is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if shape is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if not isinstance(shape, type):
+        return shape(value)
     return isinstance(value, shape)
 
 

@@ -33,7 +33,7 @@ from models.inference import for_inference
 from models.main_model import MainModel
 from models.vae import ClassConditionalVAE
 from training.checkpoints import fill_network
-from utils import autocast, check_finite, load_checkpoint, pick_precision, save_checkpoint
+from utils import autocast, check_values, load_checkpoint, pick_precision, save_checkpoint
 
 ACCEPTED = 0.95  # share of IND images at or below the threshold: 95 % TPR with IND as the positive class
 FORMER_SCORES = {
@@ -262,7 +262,7 @@ class CMGDetector(FeaturesDetector):
         known = known and config.precision in ("auto", "fp32", "bf16") and isinstance(config.threshold_from, str)
         if not known or not len(set(config.classes)) == len(config.classes) <= config.logits or not config.classes:
             raise UserError(f"{path}: its classes, score and threshold do not go with its network. {remedy}")
-        check_finite(path, state | {"the threshold": config.threshold}, remedy)
+        check_values(path, state | {"the threshold": config.threshold}, remedy)
         fill_network(path, state, model, "the network that this detector names", {}, remedy)
         precision = pick_precision(precision, device, config.precision)
         # No part of fine-tuning but the score is of any use to a detector that has been fitted.

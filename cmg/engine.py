@@ -228,9 +228,8 @@ class Evaluator:
 
             logits = head_logits(self.head, parameters, self.bank.test)
             if not torch.isfinite(logits).all():
-                remedy = (
-                    "lower --lr, or use --precision fp32" if step else "train the classifier anew, with a lower --lr"
-                )
+                remedy = "lower --lr or --sigma" if step else "train the classifier anew, with a lower --lr"
+                remedy += ", or use --precision fp32" if self.config.precision == "bf16" else ""
                 raise UserError(f"{mode}, seed {run.seed}: the logits are not finite after step {step}: {remedy}")
             ind_scores = SCORES[score_name](logits, self.config.num_ind)
             aurocs = {name: auroc(ind_scores, score(features)) for name, features in self.bank.ood.items()}

@@ -22,8 +22,9 @@ from datasets.datasetsHelper import Images, to_float
 from datasets.tasks import Task
 from models.main_model import MainModel
 from training.config import LoopConfig
-from training.loop import Recorder, fit
+from training.loop import fit
 from training.processes import Processes
+from training.run_state import Recorder
 from training.train_classifier import ClassifierObjective, build_classifier
 from utils import derive_seed
 

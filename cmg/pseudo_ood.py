@@ -146,6 +146,9 @@ class PooledFeatures:
     def of_epoch(self, epoch: int, count: int) -> Iterator[Tensor]:
         """Yield features [S, P, F] for each batch of an epoch of `count` IND images."""
         total, size = self.pseudo.in_an_epoch(count)
+        batch = 3 * min(size, total) * self.pools[0, 0].nbytes  # the features, beside the IND images' and as drawn
+        needed = len(self.seeds) * (2 * 8 * total + batch)
+        check_memory(needed, self.pools.device, f"{total:,} numbers of pseudo-OOD images and a batch of {size:,}")
         draws = [torch.randint(self.size, (total,), generator=generator(seed, "pseudo", epoch)) for seed in self.seeds]
         for rows in torch.stack(draws).to(self.pools.device).split(size, dim=1):
             yield torch.stack([pool[r] for pool, r in zip(self.pools, rows, strict=True)])

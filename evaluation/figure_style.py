@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Callable, Sequence
 from functools import wraps
 from itertools import cycle
@@ -13,6 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cli.files import replacing
+
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where it keeps its caches is no matter of the user's
 
 WIDTH = 6.4  # inches, at 110 to 130 pixels each where a page shows the picture
 PIXELS = 200  # an inch of a PNG file

@@ -58,6 +58,8 @@ class Step:
         """Whether an output can be read as what it is, as far as a quick look tells."""
         if path.suffix in ARCHIVES:
             return zipfile.is_zipfile(path)
+        if path.suffix == ".png":
+            return path.is_file() and is_whole_png(path.read_bytes())
         try:
             RESULT_READERS.get(self.module, os.stat)(path)
         except (OSError, UserError):
@@ -118,6 +120,11 @@ class Job:
     @property
     def is_done(self) -> bool:
         return len(self.records()) == len(self.steps)
+
+
+def is_whole_png(content: bytes) -> bool:
+    """Whether it begins and ends as the format has it."""
+    return content.startswith(b"\x89PNG\r\n\x1a\n") and content.endswith(b"IEND\xaeB`\x82")
 
 
 def read_job(folder: Path) -> Job:

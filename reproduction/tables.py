@@ -13,6 +13,7 @@ import torch
 from cli.errors import UserError
 from cli.files import replacing
 from evaluation.bootstrap import Pair, paired_auroc_difference
+from evaluation.metrics import auroc
 from evaluation.report import IND_METRICS, IND_TEST, METRICS, NOTES, POSITIVE_CLASS, PRETRAINED, aggregate, cell, cells
 from reproduction.former import with_todays_keys
 from reproduction.results import read_reported
@@ -38,22 +39,48 @@ class JobResult:
         ]
 
 
-def read_result(partition: str, seed: int, output: Path, scores: Path) -> JobResult:
-    """What eval left in its JSON file and its archive of scores. Raises `UserError` if one of them is damaged."""
-    content = read_reported(output)
-    needed = {
-        "/".join([row["method"], "-" if row["seed"] is None else str(row["seed"]), row["at"], images])
-        for row in content["detection"]
-        if row["at"] != "max"
-        for images in (IND_TEST, row["ood_dataset"])
-    }
+def read_result(
+    partition: str, seed: int, output: Path, scores: Path, expected: Mapping[str, object] | None = None
+) -> JobResult:
+    """What eval left in its JSON file and its archive of scores.
+
+    Args:
+        expected: what the file must say of how it was made, such as its task.
+
+    Raises:
+        UserError: a file is damaged, is of something else, or the two do not belong together.
+    """
+    content, again = read_reported(output), "remove both and run the same command again"
+    for key, value in (expected or {}).items():
+        if content[key] != value:
+            raise UserError(
+                f"{output}: is of {key} {content[key]}, expected {value}; remove it and {scores}, then rerun"
+            )
     try:
         with np.load(scores) as archive:
             arrays = with_todays_keys(archive)
     except Exception:  # a damaged archive fails in any way that zipfile and numpy know
         raise UserError(f"{scores}: is damaged: remove it and run the same command again") from None
-    if lacking := sorted(needed - arrays.keys()):
-        raise UserError(f"{scores}: lacks {lacking[0]}, of which {output} has metrics: remove both and run it again")
+    for key, array in arrays.items():
+        if array.dtype.kind != "f" or array.ndim != 1 or not len(array) or not np.isfinite(array).all():
+            raise UserError(f"{scores}: {key} is not a list of finite scores: {again} (the other is {output})")
+    for row in content["detection"]:
+        if row["at"] == "max":
+            continue
+        detector = "/".join([row["method"], "-" if row["seed"] is None else str(row["seed"]), row["at"]])
+        keys = [f"{detector}/{images}" for images in (IND_TEST, row["ood_dataset"])]
+        if lacking := [key for key in keys if key not in arrays]:
+            raise UserError(f"{scores}: lacks {lacking[0]}, of which {output} has metrics: {again}")
+        found = auroc(*(torch.from_numpy(arrays[key]) for key in keys))
+        if abs(found - row["auroc"]) > 1e-6:
+            raise UserError(
+                f"{scores}: {detector} has AUROC {found:.6f} on {row['ood_dataset']}, in {output} it is "
+                f"{row['auroc']:.6f}: {again}"
+            )
+    lengths = {}
+    for key, array in arrays.items():
+        if lengths.setdefault(key.rsplit("/", 1)[-1], len(array)) != len(array):
+            raise UserError(f"{scores}: {key} is of another number of images than the others: {again}")
     return JobResult(partition, seed, content, arrays)
 
 

@@ -36,8 +36,9 @@ from datasets.datasetsHelper import READERS, Images
 from datasets.tasks import TASKS
 from train import get_parser, main
 from training.config import LoopConfig
-from training.loop import Recorder, fit
+from training.loop import fit
 from training.processes import joined_processes
+from training.run_state import Recorder
 from training.stages import STAGES
 from training.train_classifier import ClassifierObjective
 from utils import save_checkpoint

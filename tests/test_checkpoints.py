@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -293,20 +294,20 @@ def test_a_state_of_wrong_content_is_one_line(tmp_path, capsys, monkeypatch, cha
     from dataclasses import replace
 
     from tests.children import build_tiny
-    from training import loop
+    from training import run_state
     from training.stages import STAGES
 
     stage = STAGES["train_classifier"]
     monkeypatch.setitem(STAGES, "train_classifier", replace(stage, build=build_tiny))
     argv = ["--params-dict-name", str(tmp_path / "c.pkl"), "--epochs", "2", "--device", "cpu", "--save-every", "1"]
-    save = loop.RunState.save
+    save = run_state.RunState.save
 
     def save_and_stop(state):
         save(state)
         raise UserError("stopped after the first epoch")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.RunState, "save", save_and_stop)
+        patch.setattr(run_state.RunState, "save", save_and_stop)
         assert run_command(train.main, train.get_parser(), argv) == 2
     saved = load_checkpoint(tmp_path / "c.pkl.resume")
     change(saved)
@@ -322,19 +323,90 @@ def test_weights_that_end_up_not_finite_are_not_written(tmp_path, monkeypatch, c
     from dataclasses import replace
 
     from tests.children import build_tiny
-    from training import loop
+    from training import run_state
     from training.stages import STAGES
 
     monkeypatch.setitem(STAGES, "train_classifier", replace(STAGES["train_classifier"], build=build_tiny))
-    end_epoch = loop.RunState.end_epoch
+    end_epoch = run_state.RunState.end_epoch
 
     def spoil_and_end(state, *rest):
         with torch.no_grad():
             state.model[5].bias[0] = math.nan
         end_epoch(state, *rest)
 
-    monkeypatch.setattr(loop.RunState, "end_epoch", spoil_and_end)
+    monkeypatch.setattr(run_state.RunState, "end_epoch", spoil_and_end)
     argv = ["--params-dict-name", str(tmp_path / "c.pkl"), "--epochs", "1", "--device", "cpu"]
     assert run_command(train.main, train.get_parser(), argv) == 2
     message = "5.bias is not finite any more in epoch 1: lower --lr, or use --precision fp32; nothing is saved"
     assert capsys.readouterr().err == f"train: error: {message}\n" and list(tmp_path.iterdir()) == []
+
+
+# --- damaged on the way, or not what it seems ---------------------------------------------------
+
+
+def test_a_bit_that_a_disk_has_lost_is_noticed(tmp_path):
+    save_checkpoint(tmp_path / "c.pkl", build_classifier(TASK).state_dict())
+    content = bytearray((tmp_path / "c.pkl").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "c.pkl").write_bytes(bytes(content))
+    with pytest.raises(UserError, match=r"c\.pkl: is not a checkpoint or is damaged"):
+        load_checkpoint(tmp_path / "c.pkl")
+
+
+def repeated(state: dict) -> dict:
+    return state | {"classifier.fc2.bias": torch.zeros(1).expand(10**12)}
+
+
+def too_large(state: dict) -> dict:
+    return state | {"classifier.fc2.bias": torch.full((11,), 1e300, dtype=torch.float64)}
+
+
+def of_itself(state: dict) -> dict:
+    whole = {"epoch": 3}
+    whole["state_dict"] = whole
+    return whole
+
+
+def not_plain(state: dict) -> dict:
+    state = OrderedDict(state)
+    state.origin = {"val_fraction": 0.1, "loss": math.nan}
+    return state
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "message"),
+    [
+        (repeated, "the tensor classifier.fc2.bias shows more values than it holds"),
+        (too_large, "classifier.fc2.bias holds numbers too large for torch.float32"),
+        (of_itself, "is not the classifier"),
+        (not_plain, "what it says of how it was made is damaged"),
+    ],
+)
+def test_checkpoints_that_are_not_what_they_seem(tmp_path, spoiled, message):
+    torch.save(spoiled(build_classifier(TASK).state_dict()), tmp_path / "c.pkl")
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / "c.pkl", build_classifier(TASK))
+
+
+def test_numbers_of_8_bits_are_taken(tmp_path):
+    state = build_classifier(TASK).state_dict()
+    eight = {k: v.to(torch.float8_e4m3fn) if v.is_floating_point() else v for k, v in state.items()}
+    torch.save(eight, tmp_path / "c.pkl")
+    network = build_classifier(TASK)
+    load(tmp_path / "c.pkl", network)
+    expected = state["classifier.fc2.bias"].to(torch.float8_e4m3fn).float()
+    assert torch.equal(network.state_dict()["classifier.fc2.bias"], expected)
+
+
+def test_of_two_wrappers_the_one_with_weights_is_taken(tmp_path, capsys):
+    torch.save({"state_dict": {"epoch": 3}, "model": build_classifier(TASK).state_dict()}, tmp_path / "c.pkl")
+    load(tmp_path / "c.pkl", build_classifier(TASK))
+    assert "took the weights that it holds as 'model'" in capsys.readouterr().out
+
+
+def test_a_torchscript_program_is_called_so(tmp_path, recwarn):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "c.pkl")
+    recwarn.clear()
+    with pytest.raises(UserError, match=r"holds a TorchScript program; .*: save its state_dict\(\)"):
+        load_checkpoint(tmp_path / "c.pkl")
+    assert not recwarn.list

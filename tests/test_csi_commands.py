@@ -30,8 +30,9 @@ from datasets.tasks import TASKS
 from models.vae import ConditionalVAE
 from tests import tiny_data
 from training.config import LoopConfig
-from training.loop import Recorder, fit
+from training.loop import fit
 from training.processes import Processes
+from training.run_state import Recorder
 from utils import load_checkpoint
 
 FOLDER = Path(__file__).resolve().parents[1] / "CSI+CMG"

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,18 +25,19 @@ import train
 from cli.errors import run_command
 from cli.files import replacing
 from datasets.datasetsHelper import Images
-from datasets.tasks import TASKS, Experiment
+from datasets.tasks import COMMANDS, TASKS, Experiment
 from tests import children
 from tests.children import finish
 from training.checkpoints import save_network
 from training.config import LoopConfig
-from training.loop import Recorder, RunState, fit, warmup_schedule
+from training.loop import fit, warmup_schedule
 from training.processes import Processes, joined_processes
+from training.run_state import Recorder, RunState
 from training.runs import remove_leftovers
 from training.stages import STAGES
 from training.train_classifier import ClassifierObjective
 from training.train_cvae import collapse_remark
-from utils import derive_seed, generator, load_checkpoint
+from utils import derive_seed, generator, load_checkpoint, save_checkpoint
 
 CPU = Processes(torch.device("cpu"))
 STEPS = 12  # of an epoch of digits: 722 images in batches of 64
@@ -212,6 +214,54 @@ def test_a_damaged_state_is_left_for_restart(tiny, capsys):
     )
     assert error.endswith(". Start over with --restart\n") and error.count("\n") == 1
     assert tiny("--restart", epochs=1) == 0
+
+
+def without(key: str) -> Callable[[dict], dict]:
+    return lambda state: {k: v for k, v in state.items() if k != key}
+
+
+def with_moments(state: dict, **changed: object) -> dict:
+    optimizer = state["optimizer"]
+    moments = {k: v | changed for k, v in optimizer["state"].items()}
+    return state | {"optimizer": optimizer | {"state": moments}}
+
+
+NO_STATE = "is not a state of a training. Start over with --restart"
+NOT_OF_THIS = "is not a state of this training ("
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda state: state | {"step": -5}, NO_STATE),
+        (lambda state: state | {"step": True}, NO_STATE),
+        (lambda state: state | {"step": state["step"] + 1}, NOT_OF_THIS),
+        (lambda state: state | {"identity": {1: torch.zeros(2)}}, NO_STATE),
+        (lambda state: state | {"losses": [torch.zeros(2)]}, NO_STATE),
+        (lambda state: state | {"sums": {"loss": torch.zeros(2)}}, NO_STATE),
+        (without("sums"), NO_STATE),
+        (lambda state: with_moments(state, exp_avg=torch.zeros(3)), NOT_OF_THIS + "exp_avg is [3], its parameter"),
+        (lambda state: state | {"optimizer": state["optimizer"] | {"state": {}}}, NOT_OF_THIS + "the optimizer has no"),
+    ],
+)
+def test_a_state_with_another_content_is_one_line(tiny, capsys, spoil, message):
+    assert tiny(stop={STEPS + 2: signal.SIGTERM}) == 143
+    capsys.readouterr()
+    save_checkpoint(Path("net.pkl.resume"), spoil(load_checkpoint(Path("net.pkl.resume"))))
+    assert tiny() == 2
+    error = capsys.readouterr().err
+    assert error.startswith("train: error: net.pkl.resume: ") and message in error and error.count("\n") == 1
+
+
+def test_what_the_options_decide_is_not_taken_from_the_state(tiny):
+    assert tiny(stop={STEPS + 2: signal.SIGTERM}) == 143
+    state = load_checkpoint(Path("net.pkl.resume"))
+    for group in state["optimizer"]["param_groups"]:
+        group["lr"] = 7.0
+    save_checkpoint(Path("net.pkl.resume"), state)
+    assert tiny() == 0
+    tiny(file="whole")
+    assert_same_network("net.pkl", "whole")
 
 
 def test_a_stopped_run_may_be_given_more_epochs(tiny):
@@ -468,9 +518,9 @@ def test_two_processes_stopped_by_sigterm_save_exit_143_and_resume(tmp_path):
 def test_a_command_stopped_while_it_reads_ends_in_one_line(tmp_path, monkeypatch, command, signum):
     monkeypatch.chdir(tmp_path)
     if command != "train":
-        for name, stage in STAGES.items():
+        for name in COMMANDS:
             experiment = Experiment.of("same_dataset_digits", TASKS["same_dataset_digits"])
-            save_network(experiment.checkpoint(name), stage.build(experiment.task), {})
+            save_network(experiment.checkpoint(name), STAGES[name].build(experiment.task), {})
     before, output = sorted(tmp_path.rglob("*.*")), tmp_path / "output"
     process = children.start(children.run_waiting_for_images, command, [], output=output)
     wait_for(lambda: shows(output, "reading\n"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import os
@@ -515,6 +516,8 @@ def test_a_record_that_cannot_be_read_counts_as_not_done(tmp_path, done):
         ("eval.json", "eval", b"\xff"),
         ("ablations.json", "reproduction.ablations", b"{}"),
         ("scores.npz", "eval", b""),
+        ("samples.png", "figure.samples", b"\x89PNG\r\n\x1a\n cut short"),
+        ("samples.png", "figure.samples", b"<html>"),
         ("cvae.pkl", "train", b"PK\x03\x04 cut short"),
         ("cvae.pkl.resume", "train", b"PK\x03\x04 cut short"),
     ],
@@ -529,19 +532,82 @@ def test_what_nobody_can_read_is_made_again(tmp_path, capsys, name, module, cont
 
 
 def test_results_that_do_not_belong_together_are_one_line(tmp_path, reproduced):
-    from reproduction.tables import read_result
-
     folder = reproduced / "partition1_seed1"
     assert read_result("partition1", 1, folder / "eval.json", folder / "scores.npz").seed == 1
-    np.savez(tmp_path / "scores.npz", x=np.zeros(1))
-    expected = (
-        r"scores\.npz: lacks CMG-energy/1/last/IND test, of which .*eval\.json has metrics: remove both and run it"
-    )
-    with pytest.raises(UserError, match=expected):
-        read_result("partition1", 1, folder / "eval.json", tmp_path / "scores.npz")
     whole = (folder / "scores.npz").read_bytes()
     (tmp_path / "scores.npz").write_bytes(whole[:300] + bytes(300) + whole[600:])
     with pytest.raises(UserError, match=r"scores\.npz: is damaged: remove it and run the same command again$"):
+        read_result("partition1", 1, folder / "eval.json", tmp_path / "scores.npz")
+
+
+def spoil(content: dict, *keys: object, to: object) -> dict:
+    """The content with another value in one place."""
+    content = copy.deepcopy(content)
+    place = content
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = to
+    return content
+
+
+SOMETHING_ELSE = "holds something else; expected a JSON file that python -m eval wrote"
+NOT_TOGETHER = "its rows do not go together"
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (["task"], "same_dataset_mnist", "is of task same_dataset_mnist, expected same_dataset_digits"),
+        (["partition"], "partition4", "is of partition partition4, expected partition1"),
+        (["seeds"], [9], r"is of seeds \[9\], expected \[1\]"),
+        (["detection"], [], SOMETHING_ELSE),
+        (["runs"], [], SOMETHING_ELSE),
+        (["detection", 0, "auroc"], 7, SOMETHING_ELSE),
+        (["detection", 0, "auroc"], 0.123, "has AUROC .* in .* it is 0.123"),
+        (["runs", 0, "margins"], {"a": 1}, SOMETHING_ELSE),
+        (["runs", 0, "mode"], "FOO", NOT_TOGETHER),
+        (["runs", 0, "curve", 0, "auroc"], {}, SOMETHING_ELSE),
+        (["config", "loss_energy"], "junk", SOMETHING_ELSE),
+        (["config", "score"], "junk", SOMETHING_ELSE),
+    ],
+)
+def test_results_with_another_content_are_one_line(tmp_path, reproduced, keys, value, message):
+    folder = reproduced / "partition1_seed1"
+    content = json.loads((folder / "eval.json").read_text())
+    (tmp_path / "eval.json").write_text(json.dumps(spoil(content, *keys, to=value)))
+    expected = {"task": "same_dataset_digits", "partition": "partition1", "seeds": [1]}
+    with pytest.raises(UserError, match=message):
+        read_result("partition1", 1, tmp_path / "eval.json", folder / "scores.npz", expected)
+
+
+@pytest.mark.parametrize("rows", [lambda rows: rows * 2, lambda rows: [r for r in rows if r["at"] != "pretrained"]])
+def test_rows_that_do_not_go_together_are_one_line(tmp_path, reproduced, rows):
+    folder = reproduced / "partition1_seed1"
+    content = json.loads((folder / "eval.json").read_text())
+    (tmp_path / "eval.json").write_text(json.dumps(content | {"detection": rows(content["detection"])}))
+    with pytest.raises(UserError, match=NOT_TOGETHER):
+        read_result("partition1", 1, tmp_path / "eval.json", folder / "scores.npz")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda scores: scores * np.nan, "is not a list of finite scores: remove both"),
+        (lambda scores: scores[None], "is not a list of finite scores"),
+        (lambda scores: scores[:0], "is not a list of finite scores"),
+        (lambda scores: scores.astype(str), "is not a list of finite scores"),
+        (lambda scores: -scores, "has AUROC"),
+        (lambda scores: np.concatenate([scores, scores]), "is of another number of images than the others"),
+        (None, "lacks MSP/-/pretrained/IND test, of which"),
+    ],
+)
+def test_scores_with_another_content_are_one_line(tmp_path, reproduced, change, message):
+    folder, key = reproduced / "partition1_seed1", "MSP/-/pretrained/IND test"
+    with np.load(folder / "scores.npz") as archive:
+        scores = dict(archive)
+    original = scores.pop(key)
+    np.savez(tmp_path / "scores.npz", **scores | ({key: change(original)} if change else {}))
+    with pytest.raises(UserError, match=message):
         read_result("partition1", 1, folder / "eval.json", tmp_path / "scores.npz")
 
 

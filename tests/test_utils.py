@@ -126,6 +126,12 @@ def test_output_that_goes_nowhere_is_named(tmp_path, redirection, message):
     assert (done.returncode, done.stderr) == (2, f"datasets.download: error: {message}\n")
 
 
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "done.json")
+    with pytest.raises(UserError, match=r"done\.json: is not a plain file; expected what is done"):
+        read_json(tmp_path / "done.json", {}, "what is done")
+
+
 @pytest.mark.parametrize("failure", [ZeroDivisionError(), OSError("of a library")])
 def test_an_unforeseen_failure_is_not_hidden(failure):
     def main(args):

@@ -5,6 +5,7 @@ How a checkpoint was made rides along as an attribute of the state dict, which `
 
 from __future__ import annotations
 
+import json
 import zlib
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from cli.errors import UserError
 from cli.files import fits
-from utils import check_finite, load_checkpoint, save_checkpoint
+from utils import check_values, load_checkpoint, save_checkpoint
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # where others put a state dict beside what else they save
 PREFIXES = ("module.", "_orig_mod.")  # of nn.DataParallel and torch.compile
@@ -59,24 +60,32 @@ def read_state(path: Path, what: str, remedy: str) -> dict:
         if key in content:
             raise UserError(f"{path}: is {name}, not {what}. {remedy}")
     state = without_prefixes(path, unwrapped(path, content))
-    if not any(isinstance(value, Tensor) for value in state.values()):
+    if not holds_tensors(state):
         places = weights_within(state)
         if places:
             raise UserError(
                 f"{path}: holds no weights itself; they seem to be in {listed(places)}. Save those of {what} alone, "
                 "with torch.save"
             )
-    check_finite(path, state, remedy)
+    check_values(path, state, remedy)
     return state
 
 
-def unwrapped(path: Path, content: dict) -> dict:
-    """What a dict holds under one of `WRAPPERS`, at any depth, or itself."""
-    key = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
-    if key is None:
+DEEPEST = 8  # dicts within dicts that are looked through
+
+
+def unwrapped(path: Path, content: dict, depth: int = 0) -> dict:
+    """What a dict holds under one of `WRAPPERS`, down to a depth, or itself."""
+    keys = [key for key in WRAPPERS if isinstance(content.get(key), dict)]
+    if not keys or depth == DEEPEST:
         return content
+    key = min(keys, key=lambda key: not holds_tensors(content[key]))
     print(f"{path}: took the weights that it holds as {key!r}", flush=True)
-    return unwrapped(path, content[key])
+    return unwrapped(path, content[key], depth + 1)
+
+
+def holds_tensors(content: dict) -> bool:
+    return any(isinstance(value, Tensor) for value in content.values())
 
 
 def without_prefixes(path: Path, state: dict) -> dict:
@@ -90,22 +99,20 @@ def without_prefixes(path: Path, state: dict) -> dict:
     return state
 
 
-def weights_within(content: dict, place: str = "") -> list[str]:
-    """Where dicts of tensors are in a dict: "['net']", "['nets']['classifier']"."""
+def weights_within(content: dict, place: str = "", depth: int = 0) -> list[str]:
+    """Where dicts of tensors are in a dict, down to a depth: "['net']", "['nets']['classifier']"."""
     places = []
     for key, value in content.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and depth < DEEPEST:
             here = f"{place}[{key!r}]"
-            places += (
-                [here] if any(isinstance(part, Tensor) for part in value.values()) else weights_within(value, here)
-            )
+            places += [here] if holds_tensors(value) else weights_within(value, here, depth + 1)
     return places
 
 
 def fill_network(path: Path, state: dict, model: nn.Module, what: str, expected: dict, remedy: str) -> dict:
     """The second half of `load_network`: check the state dict read from `path` and load it strictly."""
     origin = origin_of(state)
-    if not fits(origin, {"val_fraction": (float,)}):
+    if not fits(origin, {"val_fraction": (float,)}) or not is_plain(origin):
         raise UserError(f"{path}: what it says of how it was made is damaged. {remedy}")
     for key, value in expected.items():
         if origin.get(key, value) != value:
@@ -126,8 +133,8 @@ def fill_network(path: Path, state: dict, model: nn.Module, what: str, expected:
             )
         if found.is_floating_point() != tensor.is_floating_point():  # to convert it would lose digits
             raise UserError(f"{path}: {name} holds {found.dtype}, expected {tensor.dtype}. {remedy}")
-        if name.endswith("running_var") and (found < 0).any():
-            raise UserError(f"{path}: {name} holds variances below 0. {remedy}")
+        if found.is_floating_point() and found.dtype != tensor.dtype and not found.to(tensor.dtype).isfinite().all():
+            raise UserError(f"{path}: {name} holds numbers too large for {tensor.dtype}. {remedy}")
     model.load_state_dict(state)
     return origin
 
@@ -144,6 +151,15 @@ def origin_of(state: dict) -> dict:
     """How a state dict was made, or {} where that is not known."""
     origin = getattr(state, "origin", None)
     return origin if isinstance(origin, dict) else {}
+
+
+def is_plain(content: object) -> bool:
+    """Whether JSON can hold it."""
+    try:
+        json.dumps(content, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def listed(names: list[str], most: int = 8) -> str:

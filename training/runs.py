@@ -20,8 +20,9 @@ from datasets.datasetsHelper import Images, load_ind, split_validation
 from datasets.tasks import Experiment
 from training.checkpoints import origin_of, read_state, save_network
 from training.config import IMAGES_PER_STATE, LoopConfig, RunOptions, resume_path
-from training.loop import Objective, Recorder, fingerprint, fit
+from training.loop import Objective, fingerprint, fit
 from training.processes import Processes, joined_processes
+from training.run_state import Recorder
 from utils import derive_seed, pick_precision
 
 
