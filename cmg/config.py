@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cli.options import Machine, number, option, positive_float, positive_int
 from cmg.losses import MODES
-from cmg.mixing import MIXINGS
+from cmg.mixing import MIXINGS, PAIRS
 from cmg.scores import SCORES
 from datasets.tasks import Experiment
 from training.config import LEARNING_RATE
@@ -65,6 +65,12 @@ class FineTuneConfig:
         help="Probability of the first class in each dimension",
         type=number(float, least=0, most=1),
         needs={"mixing": tuple(name for name, mixing in MIXINGS.items() if mixing.uses_probability)},
+    )
+    pairs: str = option(
+        "independent",
+        help="How the two classes of a pseudo-OOD image are drawn: independently, so that they may be the same, or "
+        "distinct",
+        choices=PAIRS,
     )
     pseudo_batch_size: int | None = option(
         None,

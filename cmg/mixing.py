@@ -33,6 +33,9 @@ def no_mixing(uniform: Tensor, probability: float) -> Tensor:
     return uniform.new_ones(uniform.shape)
 
 
+PAIRS = ("independent", "distinct")  # whether the two classes may be one, as in the method
+
+
 class Mixing(NamedTuple):
     """A way to mix.
 

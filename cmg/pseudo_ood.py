@@ -39,9 +39,11 @@ class Codes(NamedTuple):
 
 
 def draw_codes(count: int, z_dim: int, config: FineTuneConfig, generator: torch.Generator) -> Codes:
-    """Draw two IND classes per image independently and uniformly (they may coincide), the latent noise, and the weights
-    with which their embeddings are mixed. Every mixing sees the same numbers."""
+    """Draw two IND classes per image uniformly, independently or, with `config.pairs`, two that differ; the latent
+    noise, and the weights with which their embeddings are mixed. Every mixing sees the same numbers."""
     first, second = torch.randint(config.num_ind, (2, count), generator=generator)
+    if config.pairs == "distinct":
+        second = (first + torch.randint(1, config.num_ind, (count,), generator=generator)) % config.num_ind
     noise = torch.randn(count, z_dim, generator=generator)
     uniform = torch.rand(count, z_dim, generator=generator)
     return Codes(noise, first, second, MIXINGS[config.mixing].weights(uniform, config.mixing_probability))

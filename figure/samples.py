@@ -22,7 +22,12 @@ from cli.options import (
 from cmg.config import FineTuneConfig
 from datasets.experiments import add_data_arguments, add_experiment_arguments, experiment_from_arguments
 
-MAKING = ("sigma", "mixing", "mixing_probability")  # options of stage 2 that decide what pseudo-OOD images look like
+MAKING = (
+    "sigma",
+    "mixing",
+    "mixing_probability",
+    "pairs",
+)  # options of stage 2 that decide what pseudo-OOD images look like
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -239,6 +241,15 @@ def test_codes_are_uniform_independent_and_fair():
     coins = codes.weight[:, 0] == codes.weight[:, 1]  # dimensions toss coins of their own
     assert abs(coins.double().mean() - 0.5) < 5 * 0.5 / 36_000**0.5
     assert codes.noise.mean().abs() < 0.005 and abs(codes.noise.std() - 1) < 0.005
+
+
+def test_distinct_pairs_are_uniform_over_the_other_classes():
+    config = replace(config_of(6), pairs="distinct")
+    codes = draw_codes(30_000, 32, config, torch.Generator().manual_seed(0))
+    pairs = torch.bincount(6 * codes.first + codes.second, minlength=36).view(6, 6)
+    assert pairs.diag().sum() == 0
+    others = pairs[~torch.eye(6, dtype=torch.bool)]  # 1,000 expected of each, sd 31
+    assert others.min() > 850 and others.max() < 1150
 
 
 def test_image_n_depends_on_row_n_alone(digits_cvae):
