@@ -106,6 +106,13 @@ class FineTuneConfig:
         type=number(float, least=0),
         needs=FINE_TUNING,
     )
+    interpolation: float = option(
+        1.0,
+        help="Share of the fine-tuned head's weights in the head that is scored and saved; the rest is the pretrained "
+        "head's",
+        type=number(float, least=0, most=1),
+        needs=FINE_TUNING,
+    )
     eval_every: int = option(
         100,
         "--eval-every",

@@ -72,7 +72,7 @@ def fine_tune(
     to the rounding of batched products.
     """
     config, device, count = pseudo.config, bank.train.device, len(bank.train)
-    heads = {mode: HeadStack(head, len(seeds)) for mode in modes}
+    heads = {mode: HeadStack(head, len(seeds), config.interpolation) for mode in modes}
     source = pseudo.batches(seeds)
     margins = margins_of(head, bank, source, config) if any(MODES[mode].uses_margins for mode in modes) else None
     runs = start_runs(modes, seeds, margins)
@@ -152,13 +152,17 @@ def margins_of(
 class HeadStack:
     """Copies of a head, trained side by side as one batched computation.
 
+    Args:
+        interpolation: share of the tuned weights in those that `copy` gives, the rest is the start's (Wortsman et al.,
+            CVPR 2022).
+
     Attributes:
         leaves: what is optimized, by name: [K, ...] for K copies. Weights are transposed there: the gradient of a
             batched product comes out that way, and to turn it round took longer than the product.
     """
 
-    def __init__(self, head: nn.Module, copies: int):
-        self.head = head
+    def __init__(self, head: nn.Module, copies: int, interpolation: float = 1.0):
+        self.head, self.interpolation = head, interpolation
         self.start = {name: p.detach() for name, p in head.named_parameters()}
         repeated = {name: p.repeat(copies, *[1] * p.dim()) for name, p in self.start.items()}
         self.leaves = {name: turned(p).contiguous().requires_grad_() for name, p in repeated.items()}
@@ -179,10 +183,10 @@ class HeadStack:
     def copy(self, k: int) -> dict[str, Tensor]:
         """The parameters of copy k, as they are now and in the layout of the head itself: scored here or from a
         file, they give the same bits."""
-        return {
-            name: turned(leaf.detach())[k].clone(memory_format=torch.contiguous_format)
-            for name, leaf in self.leaves.items()
-        }
+        tuned = {name: turned(leaf.detach())[k] for name, leaf in self.leaves.items()}
+        if self.interpolation < 1:
+            tuned = {name: torch.lerp(self.start[name], p, self.interpolation) for name, p in tuned.items()}
+        return {name: p.clone(memory_format=torch.contiguous_format) for name, p in tuned.items()}
 
 
 def turned(parameter: Tensor) -> Tensor:

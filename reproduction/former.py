@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from cli.options import option_fields
+from cmg.config import FineTuneConfig
 from datasets.tasks import PRETRAINED
 
 FORMER = "untouched"  # what the step before fine-tuning was called
@@ -34,11 +36,16 @@ def _rows(rows: list[dict]) -> list[dict]:
 
 def _config(config: dict) -> dict:
     """A configuration of stage 2 with the fields of `cmg.config.FineTuneConfig`."""
+    since = {name: field.default for name, field in option_fields(FineTuneConfig).items() if name not in config}
     former = ("mixing", "score_energy", "ind_quantile", "pseudo_quantile", "check_every")
-    return {name: value for name, value in config.items() if name not in former} | {
-        "mixing": MIXINGS.get(config["mixing"]["kind"], config["mixing"]["kind"]),
-        "mixing_probability": config["mixing"]["probability"],
-        "score": {"ind": None, "all": "energy-all"}[config["score_energy"]],
-        "margins": [config["ind_quantile"], config["pseudo_quantile"]],
-        "eval_every": config["check_every"],
-    }
+    return (
+        since
+        | {name: value for name, value in config.items() if name not in former}
+        | {
+            "mixing": MIXINGS.get(config["mixing"]["kind"], config["mixing"]["kind"]),
+            "mixing_probability": config["mixing"]["probability"],
+            "score": {"ind": None, "all": "energy-all"}[config["score_energy"]],
+            "margins": [config["ind_quantile"], config["pseudo_quantile"]],
+            "eval_every": config["check_every"],
+        }
+    )

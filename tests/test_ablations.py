@@ -108,8 +108,8 @@ def test_a_variant_that_changes_something_else_is_refused(place, monkeypatch, ca
     monkeypatch.chdir(place)
     assert run_ablations(f"--variant={variant}", "--output", "c.json") == 2
     changes = (
-        "--sigma, --epochs, --batch-size, --lr, --mu, --margins, --mixing, --mixing-probability, --pseudo-batch-size, "
-        "--pseudo-pool, --loss-energy, --score, --tune, --anchor, --eval-every"
+        "--sigma, --epochs, --batch-size, --lr, --mu, --margins, --mixing, --mixing-probability, --pairs, "
+        "--pseudo-batch-size, --pseudo-pool, --loss-energy, --score, --tune, --anchor, --interpolation, --eval-every"
     )
     message = f"--variant={variant!r}: {flag} is the same for all; a variant changes {changes}"
     assert capsys.readouterr().err == f"reproduction.ablations: error: {message}\n" and not Path("c.json").exists()

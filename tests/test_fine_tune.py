@@ -236,6 +236,17 @@ def test_margins_follow_the_quantiles_asked_for(head, bank, pseudo):
     assert m_out == pytest.approx(made.min().item(), abs=1e-6)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_an_interpolated_head_lies_between_the_start_and_the_tuned_one(head, bank, pseudo, share):
+    tuned = tune(head, bank, pseudo, CONFIG, seeds=(1,))["CMG-energy", 1]
+    found = tune(head, bank, pseudo, replace(CONFIG, interpolation=share), seeds=(1,))["CMG-energy", 1]
+    for name, start in head.named_parameters():
+        expected = start + share * (tuned.last[name] - start)
+        torch.testing.assert_close(found.last[name], expected, atol=1e-6, rtol=1e-6)
+        assert share or torch.equal(found.last[name], start)
+    assert found.curve[0] == tuned.curve[0]  # training itself is the same
+
+
 def test_a_strong_anchor_keeps_the_head_near_its_start(head, bank, pseudo):
     start = dict(head.named_parameters())
 
