@@ -117,8 +117,8 @@ def read_arguments(args: argparse.Namespace) -> Request:
     modes = pick_all("--mode", args.mode, list(MODES), experiment.name)
     ood_names = pick_all("--ood-dataset", args.ood_dataset, experiment.task.ood_datasets, experiment.name)
     seeds = list(dict.fromkeys(args.seeds))
-    if args.tune == JOINT and args.space == "features":
-        raise UserError("--tune joint trains the whole classifier on images: it goes with --space images only")
+    if args.tune == JOINT and experiment.task.space == "features":
+        raise UserError("--tune joint trains the whole classifier on images, and the CVAE makes features; leave it out")
     if args.save_detector and args.tune == JOINT:
         raise UserError("--save-detector goes with --tune head or last-layer only; leave it out")
     if args.save_detector and len(modes) * len(seeds) > 1:

@@ -46,7 +46,7 @@ from training.config import LoopConfig, TrainingOptions
 ABLATION_SEEDS = ("1", "2", "3")
 DRAWN, ABLATED = "samples.png", "ablations.json"  # files of the first job
 SHARED = (
-    *("task", "networks", "space", "ind_dir", "ood_dir", "image_size", "grey"),
+    *("task", "networks", "space", "ind_dir", "ood_dir", "image_size", "grey", "backbone", "backbone_weights"),
     *("ood_dataset", "baselines", "device", "data_dir"),
 )
 FILES = ("output", "save_scores", "params_dict_name", "params_dict_name2", "classifier")

@@ -71,11 +71,17 @@ class Stage2Data:
 
 
 def load_data(
-    experiment: Experiment, ood_names: Sequence[str], data_dir: Path, origins: dict[str, dict], device: torch.device
+    experiment: Experiment,
+    ood_names: Sequence[str],
+    data_dir: Path,
+    origins: dict[str, dict],
+    device: torch.device,
+    encode: Callable[[Tensor], Tensor] = lambda images: images,
 ) -> Stage2Data:
     """The images of stage 2, with those apart that the networks kept from training.
 
     Args:
+        encode: what the networks see in the place of images, uint8 [N, C, S, S].
         origins: how each network was made, by what messages call it; {} where that is not known.
 
     Raises:
@@ -97,5 +103,9 @@ def load_data(
                 f"{name} was trained on other images than those now in {place}: put them back, or "
                 "train it again with --restart"
             )
-    ood = {name: load_ood(experiment, name, data_dir).to(device) for name in ood_names}
-    return Stage2Data(train.to(device), validation.to(device), test.to(device), ood)
+    ood = {name: encode(load_ood(experiment, name, data_dir)).to(device) for name in ood_names}
+    train, validation, test = (
+        Images(encode(part.images) if len(part) else part.images, part.labels).to(device)
+        for part in (train, validation, test)
+    )
+    return Stage2Data(train, validation, test, ood)

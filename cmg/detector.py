@@ -29,9 +29,12 @@ from cmg.config import FineTuneConfig
 from cmg.data import FeatureBank
 from cmg.scores import SCORES
 from cmg.stage2 import TUNABLE, Stage2, split_model
+from datasets.tasks import BackboneChoice
+from models.backbone import Backbone
 from models.inference import for_inference
 from models.main_model import MainModel
 from models.vae import ClassConditionalVAE
+from training.backbone import load_backbone
 from training.checkpoints import fill_network
 from utils import autocast, check_values, load_checkpoint, pick_precision, save_checkpoint
 
@@ -54,6 +57,7 @@ class DetectorConfig:
         score: a key of `SCORES`.
         threshold: images that score above it are OOD.
         precision: what the extractor ran in when the threshold was set; "auto" in files that do not tell.
+        backbone, backbone_size: name and image size of the pre-trained network before the classifier, if there is one.
         threshold_from: the IND images of which 95 % score at or below it, such as "IND test".
     """
 
@@ -67,6 +71,8 @@ class DetectorConfig:
     threshold: float
     threshold_from: str
     precision: str = "auto"
+    backbone: str = ""
+    backbone_size: int = 0
 
     def rule(self) -> str:
         """How an image is judged, in words."""
@@ -103,6 +109,7 @@ class CMGDetector(FeaturesDetector):
 
     Attributes:
         threshold, threshold_from: images that score above it are OOD; see `calibrate`.
+        backbone, backbone_name: what images go through before they come to the classifier, if anything.
     """
 
     requires_fit = True
@@ -122,6 +129,8 @@ class CMGDetector(FeaturesDetector):
         self.encoder = Encoder(self.model, config.tune, config.precision)
         self.head: nn.Module | None = None
         self.threshold, self.threshold_from = math.inf, ""
+        self.backbone: Backbone | None = None
+        self.backbone_name = ""
 
     # --- fitting ----------------------------------------------------------------------------------
 
@@ -195,11 +204,19 @@ class CMGDetector(FeaturesDetector):
         """[B, C, S, S] -> [B, F], in fp32. Raises as `predict` does."""
         if self.head is None:
             raise RequiresFittingException()
-        size, channels = self.model.image_size, self.model.image_channels
+        channels, size = self.read_shape
         if images.shape[1:] != (channels, size, size) or images.dtype != torch.float32:
             expected = f"torch.float32 [B, {channels}, {size}, {size}]"
             raise ValueError(f"images are {images.dtype} {list(images.shape)}, expected {expected}")
+        if self.backbone is not None:
+            with torch.no_grad(), autocast(images.device, self.finetuning.precision):
+                images = self.backbone(images).float()
         return self.encoder(images)
+
+    @property
+    def read_shape(self) -> tuple[int, int]:
+        """Channels and side of the images that it takes."""
+        return (3, self.backbone.size) if self.backbone else (self.model.image_channels, self.model.image_size)
 
     @torch.no_grad()
     def judge(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,6 +247,8 @@ class CMGDetector(FeaturesDetector):
             threshold=self.threshold,
             threshold_from=self.threshold_from,
             precision=self.finetuning.precision,
+            backbone=self.backbone_name,
+            backbone_size=self.backbone.size if self.backbone else 0,
         )
 
     def rule(self) -> str:
@@ -241,7 +260,10 @@ class CMGDetector(FeaturesDetector):
         if self.head is None:
             raise RequiresFittingException()
         state = {name: tensor.cpu().contiguous() for name, tensor in self.model.state_dict().items()}
-        save_checkpoint(path, {"detector": asdict(self.config(task)), "model": state, "origin": origin or {}})
+        content = {"detector": asdict(self.config(task)), "model": state, "origin": origin or {}}
+        if self.backbone is not None:
+            content["backbone"] = {name: t.cpu().contiguous() for name, t in self.backbone.state_dict().items()}
+        save_checkpoint(path, content)
 
     @classmethod
     def load(cls, path: Path, device: torch.device, precision: str = "auto") -> CMGDetector:
@@ -271,6 +293,11 @@ class CMGDetector(FeaturesDetector):
             model.to(device, memory_format=torch.channels_last), None, finetuning, classes=config.classes
         ).adopt(model.classifier.state_dict())
         detector.threshold, detector.threshold_from = config.threshold, config.threshold_from
+        if config.backbone:
+            backbone = load_backbone(BackboneChoice(config.backbone, size=config.backbone_size), pretrained=False)
+            fill_network(path, content.get("backbone", {}), backbone, f"the backbone {config.backbone}", {}, remedy)
+            detector.backbone_name = config.backbone
+            detector.backbone = backbone.to(device, memory_format=torch.channels_last)
         return detector
 
 

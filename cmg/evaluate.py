@@ -60,7 +60,8 @@ def evaluate(
 
 def load(request: Request, device: torch.device) -> Stage2Inputs:
     """The networks and images of stage 2. Raises `UserError`."""
-    return load_inputs(request.experiment, request.paths, request.ood_names, request.machine.data_dir, device)
+    precision, data_dir = precision_of(request, device), request.machine.data_dir
+    return load_inputs(request.experiment, request.paths, request.ood_names, data_dir, device, precision)
 
 
 def precision_of(request: Request, device: torch.device) -> str:
@@ -87,9 +88,11 @@ def describe(module: str, request: Request, inputs: Stage2Inputs, device: torch.
 def make_detector(inputs: Stage2Inputs, run: Run, config: FineTuneConfig) -> CMGDetector:
     """The classifier with the head that `run` ended with, and the threshold that 95 % of the IND images kept from
     training, or where there are none of the IND test images, do not exceed in the precision of `config`."""
-    kept, data = len(inputs.data.validation), inputs.data
+    kept, data, task = len(inputs.data.validation), inputs.data, inputs.experiment.task
     name, images = ("IND validation", data.validation.images) if kept else ("IND test", data.test.images)
-    detector = CMGDetector(inputs.classifier, None, config, run.mode, run.seed, inputs.experiment.class_names).adopt(
-        run.last
-    )
-    return detector.calibrate(in_chunks(lambda part: detector.features(to_float(part)), images, config.precision), name)
+    names = inputs.experiment.class_names
+    detector = CMGDetector(inputs.classifier, None, config, run.mode, run.seed, names).adopt(run.last)
+    features = in_chunks(lambda part: detector.encoder(to_float(part)), images, config.precision)
+    detector.calibrate(features, name)
+    detector.backbone, detector.backbone_name = inputs.backbone, choice.name if (choice := task.backbone) else ""
+    return detector

@@ -64,7 +64,8 @@ def predict(
         print(f"{format_predictions(predictions)}\n")
     changed = sum(prediction.changed for prediction in predictions)
     if changed:
-        size, colour = detector.model.image_size, "grey" if detector.model.image_channels == 1 else "colour"
+        channels, size = detector.read_shape
+        colour = "grey" if channels == 1 else "colour"
         print(f"converted to {size}x{size} pixels in 8-bit {colour}: {changed:,} of {len(predictions) - len(errors):,}")
     verdicts = [prediction.verdict for prediction in predictions]
     counts = [f"{verdicts.count(verdict):,} {verdict}" for verdict in VERDICTS]
@@ -127,10 +128,9 @@ def predict_files(
 
     Images are brought to the detector's size and channels as those of `--task custom` are.
     """
-    model, device, predictions = detector.model, detector.device, []
-    shape = model.image_channels, model.image_size
+    device, predictions = detector.device, []
     with autocast(device, detector.finetuning.precision):  # once for all, which keeps the weights' bf16 copies
-        for chunk in read_chunks(paths, *shape, max(count, DECODED), AHEAD[device.type]):
+        for chunk in read_chunks(paths, *detector.read_shape, max(count, DECODED), AHEAD[device.type]):
             predictions += _judge(detector, chunk, count)
             if progress:
                 progress.advance(len(chunk.paths))

@@ -17,9 +17,11 @@ from cmg.joint import train_jointly
 from cmg.pseudo_ood import PseudoOOD
 from cmg.results import Results, Scored, compare, pretrained_scores, run_scores
 from datasets.tasks import Experiment
+from models.backbone import Backbone
 from models.inference import for_inference
 from models.main_model import MainModel
 from models.vae import ClassConditionalVAE
+from training.backbone import prepare
 from training.networks import load_networks
 
 TUNABLE = {"head": "classifier", "last-layer": "classifier.fc2"}  # what --tune names -> submodule of MainModel
@@ -34,6 +36,7 @@ class Stage2Inputs:
     cvae: ClassConditionalVAE
     origins: dict[str, dict]
     data: Stage2Data
+    backbone: Backbone | None = None
 
 
 def load_inputs(
@@ -42,11 +45,17 @@ def load_inputs(
     ood_names: Sequence[str],
     data_dir: Path,
     device: torch.device,
+    precision: str = "fp32",
 ) -> Stage2Inputs:
-    """Everything that stage 2 needs; see `load_networks` and `load_data`, whose `UserError`s it raises."""
+    """Everything that stage 2 needs; see `prepare`, `load_networks` and `load_data`, whose `UserError`s it raises.
+
+    `precision` is that of a backbone.
+    """
+    experiment, encode, backbone = prepare(experiment, device, data_dir)
     classifier, cvae, origins = load_networks(experiment, paths, device)
     made = {"the classifier": origins["train_classifier"], "the CVAE": origins["train_cvae"]}
-    return Stage2Inputs(experiment, classifier, cvae, origins, load_data(experiment, ood_names, data_dir, made, device))
+    data = load_data(experiment, ood_names, data_dir, made, device, lambda images: encode(images, precision))
+    return Stage2Inputs(experiment, classifier, cvae, origins, data, backbone)
 
 
 class Split(NamedTuple):

@@ -45,7 +45,10 @@ class Images:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 0…255 -> float 0…1, with the channels innermost in memory, as convolutions read them fastest."""
+    """uint8 0…255 -> float 0…1, with the channels innermost in memory, as convolutions read them fastest; features of a
+    backbone, which are floats, as they are."""
+    if images.is_floating_point():
+        return images
     return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
 
 
@@ -76,10 +79,10 @@ def load_ood(experiment: Experiment, name: str, data_dir: Path) -> Tensor:
 def read(task: Task, name: str, data_dir: Path, split: str) -> Images:
     """One split of one data set, checked against the task's image shape."""
     if name in task.folders:
-        return read_user_folder(task.folders[name], split, task.image_channels, task.image_size)
+        return read_user_folder(task.folders[name], split, *task.read_shape)
     data = READERS[name](Path(data_dir), split)
     expected = (task.image_channels, task.image_size, task.image_size)
-    if data.images.shape[1:] != expected:
+    if data.images.shape[1:] != expected and not task.backbone:  # which brings them to its size
         raise UserError(
             f"{name} in {data_dir}: images are {list(data.images.shape[1:])}, expected {list(expected)} "
             "(channels, height, width)"

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cli.errors import UserError, printable
+from cli.options import positive_int
 from datasets.tasks import (
     CUSTOM,
     FAMILIES,
@@ -21,6 +22,7 @@ from datasets.tasks import (
     SPACES,
     TASKS,
     WIDTHS,
+    BackboneChoice,
     Experiment,
     Task,
     UserFolder,
@@ -184,9 +186,18 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--image-size",
-        type=int,
-        choices=list(FAMILIES),
-        help="Side of the images of --task custom in pixels (default: 32)",
+        type=positive_int,
+        help="Side in pixels of the images of --task custom, "
+        f"{' or '.join(map(str, FAMILIES))} (default: 32), or of those that the backbone sees (default: its own)",
+    )
+    group.add_argument(
+        "--backbone",
+        metavar="NAME",
+        help="Pre-trained extractor, whose features take the place of the images: a model of torchvision or timm, or "
+        "MODULE:FUNCTION, which gives a torch.nn.Module from images to features",
+    )
+    group.add_argument(
+        "--backbone-weights", type=Path, metavar="FILE", help="State dict of the backbone (default: its own weights)"
     )
     group.add_argument("--grey", action="store_true", help="Read the images of --task custom in grey instead of colour")
 
@@ -197,8 +208,30 @@ def experiment_from_arguments(args: argparse.Namespace) -> Experiment:
     Raises:
         UserError: as `custom_task`, `Experiment.of` and `with_networks`, or an argument does not go with the task.
     """
+    backbone = backbone_from_arguments(args)
     name, task = custom_from_arguments(args) if args.task == CUSTOM else registered_from_arguments(args)
+    if backbone:
+        return Experiment.of(name, task, args.partition).with_backbone(backbone)
     return Experiment.of(name, task, args.partition).with_networks(args.networks).in_space(args.space)
+
+
+def backbone_from_arguments(args: argparse.Namespace) -> BackboneChoice | None:
+    """The backbone that the parsed arguments ask for. Raises `UserError`."""
+    if args.backbone is None:
+        if args.backbone_weights:
+            raise UserError("--backbone-weights goes with --backbone NAME only; leave it out")
+        if args.image_size not in (None, *FAMILIES):
+            raise UserError(
+                f"--image-size {args.image_size}: the networks that are trained from nothing take "
+                f"{' or '.join(map(str, FAMILIES))} pixels; another size goes with --backbone NAME"
+            )
+        return None
+    for flag, value in {"--grey": args.grey, "--networks": args.networks}.items():
+        if value:
+            raise UserError(f"{flag} does not go with --backbone; leave it out")
+    if args.backbone_weights and not args.backbone_weights.is_file():
+        raise UserError(f"--backbone-weights {args.backbone_weights}: no such file; expected a state dict")
+    return BackboneChoice(args.backbone, args.backbone_weights, args.image_size)
 
 
 def custom_from_arguments(args: argparse.Namespace) -> tuple[str, Task]:
@@ -207,6 +240,10 @@ def custom_from_arguments(args: argparse.Namespace) -> tuple[str, Task]:
         raise UserError(
             "--task custom needs --ind-dir DIR, your IND images: DIR/train/CLASS/IMAGE, DIR/test/CLASS/IMAGE"
         )
+    if args.backbone:
+        task = custom_task(args.ind_dir, args.ood_dir)
+        options = ("--task", CUSTOM, "--ind-dir", str(args.ind_dir))
+        return f"{CUSTOM}_{task.dataset}", replace(task, options=options)
     size, channels = args.image_size or 32, 1 if args.grey else 3
     task = custom_task(args.ind_dir, args.ood_dir, size, channels)
     return f"{CUSTOM}_{task.dataset}_{channels}x{size}", task
@@ -214,7 +251,8 @@ def custom_from_arguments(args: argparse.Namespace) -> tuple[str, Task]:
 
 def registered_from_arguments(args: argparse.Namespace) -> tuple[str, Task]:
     """A task of the registry, with the user's OOD sets beside its own."""
-    own = {"--ind-dir": args.ind_dir, "--image-size": args.image_size, "--grey": args.grey}
+    own = {"--ind-dir": args.ind_dir, "--grey": args.grey}
+    own |= {} if args.backbone else {"--image-size": args.image_size}
     given = [flag for flag, value in own.items() if value]
     if given:
         raise UserError(f"{given[0]} goes with --task custom only; {args.task} has its own images")

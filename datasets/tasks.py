@@ -6,6 +6,7 @@ user's own images, `--task custom`, is made from their folders in `datasets.expe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,6 +42,21 @@ class UserFolder:
     classes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class BackboneChoice:
+    """A pre-trained network as the extractor.
+
+    Attributes:
+        name: a model of torchvision or timm, or MODULE:FUNCTION.
+        weights: state dict to fill it with; None: its own.
+        size: side in pixels of the images that it sees; None: its own.
+    """
+
+    name: str
+    weights: Path | None = None
+    size: int | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """One experiment: its images, its networks and its schedule.
@@ -61,6 +77,8 @@ class Task:
         precision: what `--precision auto` takes; "auto" takes bf16 where the hardware has it.
         augment: random crop and flip while the classifier trains.
         space: one of `SPACES`.
+        backbone: a pre-trained extractor; what the networks see in the place of images is its features then, of
+            `image_channels` channels and one pixel, see `training.backbone.prepare`.
         folders: the data sets that are the user's own, by name; names not found here are keys of `READERS`.
         options: of the command line that make this task, where --task alone does not.
     """
@@ -81,8 +99,14 @@ class Task:
     precision: str = "auto"
     augment: bool = False
     space: str = "images"
+    backbone: BackboneChoice | None = None
     folders: Mapping[str, UserFolder] = field(default_factory=dict)
     options: tuple[str, ...] = ()
+
+    @property
+    def read_shape(self) -> tuple[int, int]:
+        """Channels and side to which a user's own images are brought when they are read."""
+        return (3, self.backbone.size) if self.backbone else (self.image_channels, self.image_size)
 
 
 # Stride and depth tie each family of networks to an image size; either takes grey and colour images.
@@ -101,6 +125,15 @@ FAMILIES = {
 }
 
 FEATURE_SIGMA = 2.0  # of a CVAE of features, with any images
+
+# Of the tasks whose images are features of a backbone.
+OF_BACKBONES = {
+    "networks": "features",
+    "epochs": {"train_classifier": 20, "train_cvae": 20},
+    "batch_size": 128,
+    "augment": False,
+    "fine_tuning": {"eval_every": 20},
+}
 
 # What --networks may be, for images of 32x32 pixels -> family.
 WIDTHS = {"full": "cifar10", "narrow": "narrow"}
@@ -244,6 +277,17 @@ class Experiment:
             )
         options = (*(task.options or ("--task", self.name)), "--networks", width)
         return replace(self, name=f"{self.name}_{width}", task=replace(task, networks=WIDTHS[width], options=options))
+
+    def with_backbone(self, backbone: BackboneChoice | None) -> Experiment:
+        """The same on the features of a pre-trained network, which its name tells; None: as it is."""
+        if backbone is None:
+            return self
+        given = {"--backbone": backbone.name, "--backbone-weights": backbone.weights, "--image-size": backbone.size}
+        options = [*(self.task.options or ("--task", self.name))]
+        options += [word for flag, value in given.items() if value for word in (flag, str(value))]
+        name = "_".join([self.name, re.sub(r"\W+", "-", backbone.name), *([str(backbone.size)] * bool(backbone.size))])
+        task = replace(self.task, backbone=backbone, options=tuple(options), **OF_BACKBONES)
+        return replace(self, name=name, task=task).in_space("features")
 
     def in_space(self, space: str) -> Experiment:
         """The same with a CVAE that makes what `space`, one of `SPACES`, names: features have a schedule, a

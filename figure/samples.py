@@ -48,8 +48,8 @@ def main(args: argparse.Namespace) -> None:
     from figure.draw_samples import draw_samples
 
     experiment = experiment_from_arguments(args)
-    if args.space == "features":
-        raise UserError("--space features: there are no images to draw; leave it out")
+    if experiment.task.space == "features":
+        raise UserError("the CVAE makes features: there are no images to draw; leave out --space and --backbone")
     if args.precision != "auto":  # no refusal: reproduce gives every command the same
         print("--precision changes nothing here: the images are made in fp32", flush=True)
     name = short_name(f"{experiment.name}_{experiment.partition}_samples")

@@ -111,12 +111,41 @@ class ResidualBlock(nn.Module):
         return skip + x
 
 
+class Standardise(nn.Module):
+    """Brings every channel to mean 0 and variance 1, by the statistics of the training images: [B, C, …] -> the same.
+
+    It is the extractor of what a backbone has made of the images already.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("std", torch.ones(channels))
+
+    def fit(self, inputs: Tensor) -> None:
+        """Take the statistics of [N, C, …]; a channel that is constant keeps its size."""
+        values = inputs.transpose(0, 1).flatten(1)
+        std = values.std(1, correction=0)
+        self.mean.copy_(values.mean(1))
+        self.std.copy_(torch.where(std > 0, std, 1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (-1, *[1] * (x.dim() - 2))
+        return (x - self.mean.view(shape)) / self.std.view(shape)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """What `forward` brings to x."""
+        shape = (-1, *[1] * (x.dim() - 2))
+        return x * self.std.view(shape) + self.mean.view(shape)
+
+
 NARROW = 16  # width of the family "narrow": the CIFAR-10 networks with a quarter of the channels, for quick trials
 
 EXTRACTORS: dict[str, Callable[[int], nn.Module]] = {
     "mnist": NineConvolutions,
     "cifar10": ResNet18,
     "narrow": partial(ResNet18, width=NARROW),
+    "features": Standardise,
 }
 
 

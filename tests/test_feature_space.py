@@ -44,7 +44,7 @@ def vae() -> FeatureCVAE:
 
 def test_features_are_standardised_and_brought_back(vae):
     features = torch.randn(500, 128) * torch.arange(128) + 3  # the first is constant
-    vae.fit_statistics(features)
+    vae.standardise.fit(features)
     inside = vae.standardise(features)
     assert inside[:, 1:].mean(0).abs().max() < 1e-5 and (inside[:, 1:].std(0, correction=0) - 1).abs().max() < 1e-5
     assert torch.equal(inside[:, 0], torch.zeros(500))
@@ -56,7 +56,7 @@ def test_features_are_standardised_and_brought_back(vae):
 
 def test_the_loss_is_of_standardised_features(vae):
     features, labels, noise = torch.randn(9, 128) * 4 + 1, torch.arange(9) % 6, torch.randn(9, 32)
-    vae.fit_statistics(features)
+    vae.standardise.fit(features)
     found = FeatureCVAEObjective(kl_weight=0.5)(vae, features, labels, noise)
     made, mean, logvar = vae(features, labels, noise)
     mse = F.mse_loss(vae.standardise(made), vae.standardise(features))
@@ -67,14 +67,14 @@ def test_the_loss_is_of_standardised_features(vae):
 @pytest.mark.parametrize(("scale", "explained"), [(1.0, 1.0), (0.0, 0.0), (0.5, 0.75)])
 def test_the_share_of_variance_explained(vae, scale, explained):
     features = torch.randn(50, 128) * 3 + 2
-    vae.fit_statistics(features)
+    vae.standardise.fit(features)
 
     class Known(FeatureCVAE):
         def encode(self, features):
             return torch.arange(len(features))[:, None].expand(-1, 32).float(), torch.zeros(len(features), 32)
 
         def decode(self, z, embedding):
-            return self.mean + scale * (features[z[:, 0].long()] - self.mean)
+            return self.standardise.inverse(scale * self.standardise(features[z[:, 0].long()]))
 
     known = Known(128)
     known.load_state_dict(vae.state_dict())

@@ -12,6 +12,7 @@ from torch import nn
 from cli.options import Machine
 from datasets.datasetsHelper import Images
 from datasets.tasks import Experiment
+from training.backbone import encoded, prepare
 from training.checkpoints import weights_checksum
 from training.config import RunOptions, TrainingOptions
 from training.loop import warmup_schedule
@@ -38,6 +39,8 @@ def train_network(
         path: of the checkpoint.
         loop: what differs from the task's and the method's in `LoopConfig`.
     """
+    device = pick_device(machine.device)
+    experiment, encode, _ = prepare(experiment, device, machine.data_dir)
     task, stage = experiment.task, stage_of(experiment.task, command)
     if chosen.kl_weight is not None:
         task = replace(task, kl_weight=chosen.kl_weight)
@@ -48,16 +51,21 @@ def train_network(
         metrics = stage.evaluate(model, test_images, experiment.num_ind, precision)
         return "\n".join([f"IND test images: {format_metrics(metrics)}", *filter(None, [stage.remark(metrics)])])
 
+    def see(images: Images, precision: str) -> Images:
+        return encoded(images, encode, precision)
+
     in_features = {}
     if stage is STAGES["train_feature_cvae"]:
-        device = pick_device(machine.device)
         path_of_classifier = chosen.classifier or experiment.checkpoint("train_classifier")
         classifier, _ = load_stage1(experiment, "train_classifier", path_of_classifier, device)
         what |= {"space": task.space, "classifier": weights_checksum(classifier)}
+        extract = encoder_of(classifier, device)
         in_features = {
-            "encode": encoder_of(classifier, device),
-            "start": lambda model, features: model.fit_statistics(features.images),
+            "encode": lambda images, precision: extract(see(images, precision), precision),
+            "start": lambda model, features: model.standardise.fit(features.images),
         }
+    elif task.backbone:
+        in_features = {"encode": see, "start": lambda model, features: model.convE.fit(features.images)}
 
     training = Training(
         command=command,

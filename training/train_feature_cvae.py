@@ -49,8 +49,8 @@ class FeatureCVAEObjective:
 
     def __call__(self, model: nn.Module, features: Tensor, labels: Tensor, *draws: Tensor) -> dict[str, Tensor]:
         reconstruction, mean, logvar = model(features, labels, *draws)
-        std = getattr(model, "module", model).std  # of a group of processes each has it within
-        mse = F.mse_loss(reconstruction.float() / std, features / std)
+        standardise = getattr(model, "module", model).standardise  # of a group of processes each has it within
+        mse = F.mse_loss(standardise(reconstruction.float()), standardise(features))
         kl = kl_divergence(mean, logvar).mean()
         return {"loss": mse + self.kl_weight * kl / features.shape[1], "mse": mse, "kl_nats": kl}
 

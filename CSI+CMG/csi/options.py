@@ -112,6 +112,8 @@ def experiment_from_csi_arguments(args: argparse.Namespace) -> CSIData:
     # So that it means the same in the root, where the CVAE is trained.
     ind_dir = args.ind_dir and args.ind_dir.resolve()
     asked = {"task": task_name, "partition": partition, "ind_dir": ind_dir, "networks": None, "space": "images"}
+    if args.backbone:
+        raise UserError("CSI trains its own network; leave out --backbone")
     experiment = experiment_from_arguments(argparse.Namespace(**vars(args) | asked))
     if (experiment.task.image_channels, experiment.task.image_size) != (3, 32):
         raise UserError("CSI takes images of 3 channels and 32x32 pixels only; leave out --grey and --image-size")

@@ -1,0 +1,196 @@
+"""Backbones by name, their weights, and the features of images, which are computed once."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
+
+from cli.errors import UserError
+from cli.progress import Progress
+from datasets.datasetsHelper import Images, to_float
+from datasets.tasks import BackboneChoice, Experiment
+from models.backbone import Backbone, without_classifier
+from models.inference import in_chunks
+from training.checkpoints import fill_network, read_state
+from utils import load_checkpoint, save_checkpoint
+
+DEFAULT_SIZE = 224  # pixels, where a backbone does not tell
+
+
+def load_backbone(choice: BackboneChoice, pretrained: bool = True) -> Backbone:
+    """The backbone that a task names, frozen and in eval mode.
+
+    Args:
+        pretrained: with its own weights, or those of `choice.weights`; otherwise with random ones, to be filled.
+
+    Raises:
+        UserError: there is none of that name, its package is missing, or its weights cannot be had or do not fit.
+    """
+    make = from_function if ":" in choice.name else from_torchvision if is_torchvision(choice.name) else from_timm
+    backbone = make(choice, pretrained)
+    if choice.size:
+        backbone.size = choice.size
+    return backbone.eval().requires_grad_(False)
+
+
+def is_torchvision(name: str) -> bool:
+    return name in torchvision.models.list_models(module=torchvision.models)
+
+
+def from_torchvision(choice: BackboneChoice, pretrained: bool) -> Backbone:
+    """A classifier of `torchvision.models`, with the preprocessing of its default weights."""
+    weights = torchvision.models.get_model_weights(choice.name).DEFAULT
+    own = pretrained and choice.weights is None
+    try:
+        network = torchvision.models.get_model(choice.name, weights=weights if own else None)
+    except OSError as error:
+        raise UserError(
+            f"--backbone {choice.name}: its weights cannot be fetched ({getattr(error, 'reason', error)}). Fetch "
+            f"{weights.url} elsewhere and name the file with --backbone-weights FILE"
+        ) from None
+    if pretrained and choice.weights:
+        fill(network, choice)
+    prepare = weights.transforms()
+    mode = "bicubic" if prepare.interpolation == InterpolationMode.BICUBIC else "bilinear"
+    return Backbone(without_classifier(network), prepare.crop_size[0], tuple(prepare.mean), tuple(prepare.std), mode)
+
+
+def from_timm(choice: BackboneChoice, pretrained: bool) -> Backbone:
+    """A model of timm, with its own preprocessing."""
+    try:
+        timm = importlib.import_module("timm")
+    except ImportError:
+        timm = None
+    known = torchvision.models.list_models(module=torchvision.models) + (timm.list_models() if timm else [])
+    if not timm or choice.name.partition(".")[0] not in known:
+        near = difflib.get_close_matches(choice.name, known, 3)
+        where = "torchvision and timm" if timm else "torchvision (timm is not installed)"
+        raise UserError(
+            f"--backbone {choice.name}: no such model of {where}"
+            + (f"; the nearest are {', '.join(near)}" if near else "; expected a name, or MODULE:FUNCTION")
+        )
+    try:
+        network = timm.create_model(choice.name, pretrained=pretrained and choice.weights is None)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"--backbone {choice.name}: its weights cannot be fetched ({str(error).splitlines()[0]}). Fetch them "
+            "elsewhere and name the file with --backbone-weights FILE"
+        ) from None
+    if pretrained and choice.weights:
+        fill(network, choice)
+    network.reset_classifier(0)
+    data = network.pretrained_cfg
+    mode = "bicubic" if data.get("interpolation") == "bicubic" else "bilinear"
+    return Backbone(network, data["input_size"][1], tuple(data["mean"]), tuple(data["std"]), mode)
+
+
+def from_function(choice: BackboneChoice, pretrained: bool) -> Backbone:
+    """What a function of the user's gives: a `Backbone`, or any module from images in [0, 1] to features."""
+    module, _, function = choice.name.partition(":")
+    try:
+        network = getattr(importlib.import_module(module), function)()
+    except ImportError as error:
+        missing = getattr(error, "name", None) or module
+        raise UserError(f"--backbone {choice.name}: {missing} is not installed or not found; install it") from None
+    except AttributeError:
+        raise UserError(f"--backbone {choice.name}: {module} has no {function}; expected MODULE:FUNCTION") from None
+    if not isinstance(network, nn.Module):
+        raise UserError(f"--backbone {choice.name}: gives a {type(network).__name__}, expected a torch.nn.Module")
+    backbone = network if isinstance(network, Backbone) else Backbone(network, DEFAULT_SIZE)
+    if pretrained and choice.weights:
+        fill(backbone.network, choice)
+    return backbone
+
+
+def fill(network: nn.Module, choice: BackboneChoice) -> None:
+    """Load the user's file of weights. Raises `UserError`, which names the keys that do not fit."""
+    remedy = f"Name the state dict of {choice.name} with --backbone-weights FILE"
+    fill_network(
+        choice.weights, read_state(choice.weights, choice.name, remedy), network, f"a {choice.name}", {}, remedy
+    )
+
+
+# --- features -----------------------------------------------------------------------------------
+
+
+Encode = Callable[[Tensor, str], Tensor]
+
+
+def prepare(experiment: Experiment, device: torch.device, data_dir: Path) -> tuple[Experiment, Encode, Backbone | None]:
+    """An experiment as its networks see it, and what turns the images that are read, uint8, into what they see.
+
+    Without a backbone both are as they were. With one, images become its features, float32 [N, F, 1, 1]: images of F
+    channels and one pixel. They are kept in `data_dir`/features, in files named after everything that they follow from.
+
+    Raises:
+        UserError: as `load_backbone`; or the images do not go through it.
+    """
+    choice = experiment.task.backbone
+    if choice is None:
+        return experiment, lambda images, precision: images, None
+    backbone = load_backbone(choice).to(device, memory_format=torch.channels_last)
+    count = features_of(backbone, torch.zeros(1, 3, backbone.size, backbone.size, device=device), choice.name).shape[1]
+    weights = hashlib.sha256(f"{choice.name} {backbone.size} {backbone.interpolation}".encode())
+    for tensor in backbone.state_dict().values():
+        weights.update(tensor.cpu().contiguous().numpy().tobytes())
+
+    def encode(images: Tensor, precision: str) -> Tensor:
+        key = weights.copy()
+        key.update(f"{precision} {list(images.shape)}".encode())
+        key.update(images.numpy().tobytes())
+        path = Path(data_dir) / "features" / f"{key.hexdigest()[:32]}.pt"
+        if (kept := read_features(path, len(images), count)) is not None:
+            return kept
+        progress = Progress(len(images), choice.name)
+        features = in_chunks(
+            lambda part: features_of(backbone, to_float(part.to(device)), choice.name), images, precision, progress
+        )
+        progress.close()
+        features = features.cpu()
+        if bad := int((~features.flatten(1).isfinite().all(1)).sum()):
+            raise UserError(
+                f"--backbone {choice.name}: the features of {bad} images are not finite; try --precision fp32"
+            )
+        save_checkpoint(path, {"features": features})
+        return features
+
+    task = replace(experiment.task, image_channels=count, image_size=1)
+    return replace(experiment, task=task), encode, backbone
+
+
+def features_of(backbone: Backbone, images: Tensor, name: str) -> Tensor:
+    """[B, C, H, W] -> [B, F, 1, 1]. Raises `UserError` where the network does not take them."""
+    try:
+        features = backbone(images)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        if "memory" in str(error):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"--backbone {name}: does not take images of {backbone.size}x{backbone.size} pixels ({reason}); name "
+            "another --image-size"
+        ) from None
+    return features
+
+
+def read_features(path: Path, images: int, count: int) -> Tensor | None:
+    """What an earlier command left, or None where there is nothing whole."""
+    try:
+        features = load_checkpoint(path).get("features") if path.is_file() else None
+    except UserError:
+        return None
+    return features if isinstance(features, Tensor) and features.shape == (images, count, 1, 1) else None
+
+
+def encoded(images: Images, encode: Encode, precision: str) -> Images:
+    """Images and labels with the images encoded."""
+    return Images(encode(images.images, precision), images.labels)
