@@ -163,7 +163,8 @@ def prepare(experiment: Experiment, device: torch.device, data_dir: Path) -> tup
         save_checkpoint(path, {"features": features})
         return features
 
-    task = replace(experiment.task, image_channels=count, image_size=1)
+    choice = replace(choice, size=backbone.size)
+    task = replace(experiment.task, image_channels=count, image_size=1, backbone=choice)
     return replace(experiment, task=task), encode, backbone
 
 

@@ -1,0 +1,307 @@
+"""Pre-trained extractors: preprocessing, weights, features on disk, and the commands with them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+import urllib.error
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+import eval as evaluate
+import figure.samples
+import predict
+import reproduce
+import train
+from cli.errors import UserError, run_command
+from datasets.tasks import BackboneChoice
+from models.backbone import Backbone, without_classifier
+from models.layers import Standardise
+from reproduction import launchers
+from tests.test_reproduce import run_here
+from training import backbone as backbones
+from training.backbone import load_backbone
+from utils import load_checkpoint, save_checkpoint
+
+TINY = "tests.tiny_backbone:tiny"
+
+
+# --- the network --------------------------------------------------------------------------------
+
+
+class Means(nn.Module):
+    """[B, 3, S, S] -> [B, 3]."""
+
+    def forward(self, images):
+        return images.mean((2, 3))
+
+
+def test_images_are_normalised_and_brought_to_its_size():
+    images = torch.rand(4, 3, 8, 8)
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 0.2)
+    found = Backbone(Means(), 8, mean, std)(images)
+    expected = (images.mean((2, 3)) - torch.tensor(mean)) / torch.tensor(std)
+    torch.testing.assert_close(found, expected[:, :, None, None])
+    sizes = []
+    network = nn.Sequential(Means())
+    network.register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0]))
+    Backbone(network, 4)(images)
+    smaller = F.interpolate(images, [4, 4], mode="bilinear", antialias=True, align_corners=False)
+    torch.testing.assert_close(sizes[0], smaller)
+
+
+def test_grey_images_have_three_channels_alike_and_maps_become_means():
+    grey = torch.rand(2, 1, 8, 8)
+    found = Backbone(nn.Identity(), 8)(grey)
+    torch.testing.assert_close(found, grey.mean((2, 3)).expand(2, 3)[:, :, None, None])
+
+
+@pytest.mark.parametrize(("name", "features"), [("resnet18", 512), ("mobilenet_v3_small", 1024)])
+def test_the_last_linear_layer_is_left_out(name, features):
+    network = without_classifier(torchvision.models.get_model(name, weights=None)).eval()
+    assert network(torch.zeros(1, 3, 64, 64)).shape == (1, features)
+
+
+def test_standardise_is_of_the_training_images_and_has_an_inverse():
+    values = torch.randn(300, 5, 1, 1) * torch.arange(5).view(5, 1, 1) + 7
+    layer = Standardise(5)
+    layer.fit(values)
+    found = layer(values)
+    assert found.mean(0).abs().max() < 1e-5 and (found[:, 1:].std(0, correction=0) - 1).abs().max() < 1e-5
+    torch.testing.assert_close(layer.inverse(found), values)
+    torch.testing.assert_close(layer(values.flatten(1)), found.flatten(1))
+
+
+# --- by name ------------------------------------------------------------------------------------
+
+
+def test_weights_of_a_file_are_those_of_the_network(tmp_path):
+    torch.manual_seed(1)
+    network = torchvision.models.resnet18()
+    torch.save(network.state_dict(), tmp_path / "w.pt")
+    backbone = load_backbone(BackboneChoice("resnet18", tmp_path / "w.pt", 64))
+    assert (backbone.size, backbone.interpolation) == (64, "bilinear") and not backbone.training
+    assert backbone.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
+    images = torch.rand(2, 3, 64, 64)
+    expected = without_classifier(network.eval())((images - backbone.mean) / backbone.std)
+    torch.testing.assert_close(backbone(images).flatten(1), expected)
+    assert load_backbone(BackboneChoice("resnet18", tmp_path / "w.pt")).size == 224
+
+
+def test_weights_that_cannot_be_fetched_are_named(monkeypatch):
+    def fail(*args, **kwargs):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(torchvision.models, "get_model", fail)
+    message = (
+        r"resnet18: its weights cannot be fetched \(Name or .*\). Fetch https://.*pth elsewhere and name the file with"
+    )
+    with pytest.raises(UserError, match=message):
+        load_backbone(BackboneChoice("resnet18"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet81", "--backbone resnet81: no such model of torchvision.*; the nearest are resnet18"),
+        ("x:y", "--backbone x:y: x is not installed or not found; install it"),
+        ("tests.tiny_backbone:none", "tests.tiny_backbone has no none; expected MODULE:FUNCTION"),
+        ("tests.tiny_backbone:number", "gives a int, expected a torch.nn.Module"),
+    ],
+)
+def test_names_that_name_nothing(name, message):
+    with pytest.raises(UserError, match=message):
+        load_backbone(BackboneChoice(name))
+
+
+def test_weights_of_another_network_are_refused_with_their_keys(tmp_path):
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "w.pt")
+    with pytest.raises(UserError, match=r"w\.pt: is not a resnet34 \(lacks layer1\.2\.bn1\.bias, .*… 96 names\)"):
+        load_backbone(BackboneChoice("resnet34", tmp_path / "w.pt"))
+
+
+def test_a_model_of_timm_has_its_own_preprocessing(tmp_path, monkeypatch):
+    class Network(nn.Sequential):
+        pretrained_cfg = {
+            "input_size": (3, 240, 240),
+            "mean": (0.5,) * 3,
+            "std": (0.25,) * 3,
+            "interpolation": "bicubic",
+        }
+
+        def reset_classifier(self, classes: int) -> None:
+            assert classes == 0
+            self[1] = nn.Identity()
+
+    asked = []
+
+    def create_model(name: str, pretrained: bool) -> nn.Module:
+        asked.append((name, pretrained))
+        return Network(Means(), nn.Linear(3, 10))
+
+    timm = SimpleNamespace(list_models=lambda: ["some_net"], create_model=create_model)
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    backbone = load_backbone(BackboneChoice("some_net.in1k"))
+    assert (backbone.size, backbone.interpolation, asked) == (240, "bicubic", [("some_net.in1k", True)])
+    images = torch.rand(2, 3, 240, 240)
+    torch.testing.assert_close(backbone(images).flatten(1), (images.mean((2, 3)) - 0.5) / 0.25)
+    torch.save(Network(Means(), nn.Linear(3, 10)).state_dict(), tmp_path / "w.pt")
+    load_backbone(BackboneChoice("some_net", tmp_path / "w.pt"))
+    assert asked[-1] == ("some_net", False)
+    with pytest.raises(UserError, match="no such model of torchvision and timm; the nearest are some_net"):
+        load_backbone(BackboneChoice("some_nett"))
+
+
+def test_real_weights_tell_an_image_from_another():
+    backbone = load_backbone(BackboneChoice("examples.efficientnet_lite0:backbone", size=64))
+    random = torch.Generator().manual_seed(0)
+    noise, plain = torch.rand(3, 3, 64, 64, generator=random), torch.full((3, 3, 64, 64), 0.5)
+    features = backbone(torch.cat([noise, plain])).flatten(1)
+    assert features.shape == (6, 1280) and features.isfinite().all()
+    distances = torch.cdist(features, features)
+    assert distances[:3, :3].max() < distances[:3, 3:].min() and distances[3:, 3:].max() < 1e-3
+
+
+# --- commands -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """birds with two classes, 20 + 8 images each, and 7 insects, all of 20x24 pixels."""
+    folder, random = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+
+    def write(place: Path, count: int, colour: tuple[int, ...]) -> None:
+        place.mkdir(parents=True)
+        for number in range(count):
+            pixels = np.clip(random.normal(colour, 30, (20, 24, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(place / f"{number}.png")
+
+    for split, count in (("train", 20), ("test", 8)):
+        write(folder / "birds" / split / "crow", count, (30, 30, 30))
+        write(folder / "birds" / split / "gull", count, (220, 220, 220))
+    write(folder / "insects", 7, (60, 200, 60))
+    return folder
+
+
+def run(command, *argv: object) -> int:
+    return run_command(command.main, command.get_parser(), [str(word) for word in argv])
+
+
+def options(photos: Path, name: str = TINY) -> list[object]:
+    task = ["--task", "custom", "--ind-dir", photos / "birds", "--backbone", name]
+    return [*task, "--data-dir", "data", "--device", "cpu", "--precision", "fp32"]
+
+
+def test_from_photos_to_verdicts(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    of = options(photos)
+    assert run(train, *of, "--epochs", 30) == 0
+    assert run(train, *of, "--command", "train_cvae", "--epochs", 30) == 0
+    assert "custom_birds_tests-tiny_backbone-tiny all, 40 images, 30 epochs" in capsys.readouterr().out
+    kept = set(Path("data/features").iterdir())
+    assert len(kept) == 2  # of the training and of the test images
+
+    tested = [*of, "--ood-dir", photos / "insects", "--mode", "CMG-energy", "--epochs", 2, "--baselines", "ViM", "MSP"]
+    files = ["--output", "r.json", "--save-scores", "s.npz", "--save-detector", "d.pt"]
+    assert run(evaluate, *tested, *files) == 0
+    assert kept < set(Path("data/features").iterdir())
+    results = json.loads(Path("r.json").read_text())
+    assert results["task"] == "custom_birds_tests-tiny_backbone-tiny" and results["generator"]["explained"] <= 1
+    assert results["images"] == {"IND training": 40, "IND validation": 0, "IND test": 16, "insects": 7}
+
+    assert run(predict, "--detector", "d.pt", photos / "birds" / "test", photos / "insects", "--csv", "p.csv") == 0
+    with open("p.csv") as file, np.load("s.npz") as scores:
+        rows = list(csv.DictReader(file))
+        expected = np.concatenate([scores[f"CMG-energy/123/last/{name}"] for name in ("IND test", "insects")])
+    found = {row["file"]: float(row["score"]) for row in rows}
+    assert sorted(found.values()) == pytest.approx(sorted(expected.tolist()), abs=1e-4)
+    assert all(Path(name).parent.name == row["class"] for name, row in zip(found, rows, strict=True) if "birds" in name)
+
+
+def test_features_are_computed_once_and_follow_the_images(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    seen, features_of = [], backbones.features_of
+    monkeypatch.setattr(backbones, "features_of", lambda *args: seen.append(len(args[1])) or features_of(*args))
+    of = [*options(photos), "--epochs", 1]
+    assert run(train, *of) == 0
+    assert sum(seen) == 1 + 40 + 16  # the first to find out how many features there are
+    seen.clear()
+    assert run(train, *of, "--restart") == 0
+    assert sum(seen) == 1
+    for path in Path("data/features").iterdir():  # damaged: made anew
+        path.write_bytes(path.read_bytes()[:-40])
+    seen.clear()
+    assert run(train, *of, "--restart") == 0
+    assert sum(seen) == 1 + 40 + 16
+    seen.clear()
+    assert run(train, *of, "--restart", "--image-size", 20) == 0  # another preprocessing
+    assert sum(seen) == 1 + 40 + 16
+
+
+def test_reproduce_does_it_all(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launchers, "run_local", run_here)
+    argv = [*options(photos), "--ood-dir", photos / "insects", "--seeds", 1, "--eval-args=--epochs 1"]
+    assert run(reproduce, *argv, "--classifier-args=--epochs 2", "--cvae-args=--epochs 2") == 0
+    table = json.loads(Path("results/custom_birds_tests-tiny_backbone-tiny_features/table.json").read_text())
+    assert {row["method"] for row in table["detection"]} == {"CMG-energy", "CMG-softmax", "MSP", "energy"}
+
+
+def error_of(capsys, command, *argv: object) -> str:
+    capsys.readouterr()
+    assert run(command, *argv) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            ["--backbone", "tests.tiny_backbone:broken"],
+            "the features of 40 images are not finite; try --precision",
+        ),
+        (["--backbone", "tests.tiny_backbone:particular", "--image-size", 20], "does not take images of 20x20 pixels"),
+        (["--grey"], "--grey does not go with --backbone; leave it out"),
+        (["--networks", "narrow"], "--networks does not go with --backbone; leave it out"),
+        (["--backbone-weights", "none.pt"], "--backbone-weights none.pt: no such file; expected a state dict"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(photos, tmp_path, monkeypatch, capsys, more, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in error_of(capsys, train, *options(photos), *more)
+    assert not Path("ckpt").exists()
+
+
+def test_options_of_backbones_without_one(photos, capsys):
+    custom = ["--task", "custom", "--ind-dir", photos / "birds"]
+    assert "another size goes with --backbone NAME" in error_of(capsys, train, *custom, "--image-size", 64)
+    assert "--backbone-weights goes with --backbone NAME" in error_of(capsys, train, *custom, "--backbone-weights", "x")
+    assert "there are no images to draw" in error_of(capsys, figure.samples, *options(photos))
+
+
+def test_a_detector_whose_package_is_missing(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    of = options(photos)
+    assert run(train, *of, "--epochs", 1) == run(train, *of, "--command", "train_cvae", "--epochs", 1) == 0
+    argv = [*of, "--ood-dir", photos / "insects", "--mode", "CMG-energy", "--epochs", 1, "--save-detector", "d.pt"]
+    assert run(evaluate, *argv) == 0
+    content = load_checkpoint(Path("d.pt"))
+    save_checkpoint(Path("e.pt"), content | {"detector": content["detector"] | {"backbone": "no_such_package:f"}})
+    assert "no_such_package is not installed or not found" in error_of(
+        capsys, predict, "--detector", "e.pt", photos / "insects"
+    )
+    save_checkpoint(Path("f.pt"), content | {"backbone": {}})
+    error = error_of(capsys, predict, "--detector", "f.pt", photos / "insects")
+    assert re.search(r"f\.pt: is not the backbone tests\.tiny_backbone:tiny \(lacks mean", error)
