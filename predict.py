@@ -3,6 +3,7 @@
     python -m eval --mode CMG-energy --save-detector detector.pt
     python -m predict --detector detector.pt photo.png folder
     python -m predict --detector detector.pt folder --csv predictions.csv
+    python -m predict --detector detector.pt --export detector.onnx
 
 Images may have any size, in grey or colour: they are brought to what the detector takes. Folders are searched at any
 depth, hidden files left out. A file that cannot be decoded and a folder that cannot be searched are named and left out;
@@ -15,7 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from cli.errors import run_command
+from cli.errors import UserError, run_command
 from cli.options import add_device_arguments, positive_int
 
 
@@ -24,10 +25,16 @@ def get_parser() -> argparse.ArgumentParser:
         "predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER", help="Image or folder of images to judge"
+        "images", nargs="*", type=Path, metavar="IMAGE_OR_FOLDER", help="Image or folder of images to judge"
     )
     parser.add_argument("--detector", type=Path, required=True, help="File that eval --save-detector wrote")
     parser.add_argument("--csv", type=Path, help="Write the predictions to this file instead of the terminal")
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="FILE.onnx",
+        help="Write the detector as an ONNX graph, instead of judging images",
+    )
     parser.add_argument(
         "--batch-size", type=positive_int, help="Images at once through the network (default: by the device)"
     )
@@ -36,6 +43,14 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.export and args.images:
+        raise UserError("--export writes the detector and judges no images; leave one of them out")
+    if args.export:
+        from cmg.export import export_detector
+
+        return export_detector(args.detector, args.export)
+    if not args.images:
+        raise UserError("name images or folders to judge, or --export FILE.onnx")
     from cmg.predict import predict
 
     return predict(args.images, args.detector, args.csv, args.batch_size, args.device, args.precision)
