@@ -68,12 +68,13 @@ def write_report(
         parts["AUROC over steps"] = (tables.steps_cells(steps), STEPS)
     if changes:
         parts["Ablations"] = (ablation_cells(changes), ABLATIONS.format(ood=first_ood(changes)))
-    text = [f"# CMG: {about['task']}", f"```sh\n{about['command']}\n```"]
+    first = tables.recommendation(summary)
+    text = [f"# CMG: {about['task']}", first, f"```sh\n{about['command']}\n```"]
     text += [f"## {name}\n\n{markdown(*cells)}\n\n{note}".rstrip() for name, (cells, note) in parts.items()]
     text.append("\n".join(f"* {name}: {value}" for name, value in facts(about).items()))
     write_text(folder / "table.md", "\n\n".join(text) + "\n")
 
-    sections: list[Section] = []
+    sections: list[Section] = [Text(first)]
     for name, (cells, note) in parts.items():
         sections += [Heading(name), Table(*cells), *([Text(note)] if note else [])]
     sections += [Heading("Pictures"), *pictures]

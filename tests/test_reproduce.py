@@ -80,6 +80,11 @@ def test_the_tables_are_the_means_of_what_eval_wrote(reproduced):
     ]  # fmt: skip
 
     lines = (reproduced / "table.md").read_text().splitlines()
+    means = {method: row["auroc"]["mean"] for (method, at), row in found.items() if at in ("last", "pretrained")}
+    best = max(means, key=means.get)
+    ahead = 100 * (means[best] - means["MSP"])
+    sentence = f"Best on these OOD images: {best}, with a mean AUROC of {100 * means[best]:.2f}, {ahead:.2f} points"
+    assert lines[2] == f"{sentence} above MSP." and lines[2] in (reproduced / "report.html").read_text()
     energy = found["CMG-energy", "last"]["auroc"]
     row = next(line for line in lines if line.startswith("| CMG-energy | last |"))
     assert row.split(" | ")[2] == f"{100 * energy['mean']:.2f} ± {100 * energy['sd']:.2f}" and row.endswith("| 4 |")
