@@ -117,8 +117,7 @@ def read_arguments(args: argparse.Namespace) -> Request:
     modes = pick_all("--mode", args.mode, list(MODES), experiment.name)
     ood_names = pick_all("--ood-dataset", args.ood_dataset, experiment.task.ood_datasets, experiment.name)
     seeds = list(dict.fromkeys(args.seeds))
-    if args.tune == JOINT and experiment.task.space == "features":
-        raise UserError("--tune joint trains the whole classifier on images, and the CVAE makes features; leave it out")
+    check_joint(args.tune, experiment.task.space)
     if args.save_detector and args.tune == JOINT:
         raise UserError("--save-detector goes with --tune head or last-layer only; leave it out")
     if args.save_detector and len(modes) * len(seeds) > 1:
@@ -134,6 +133,12 @@ def read_arguments(args: argparse.Namespace) -> Request:
         Machine.of(args),
         args.argv,
     )
+
+
+def check_joint(tune: str, space: str) -> None:
+    """Raise `UserError` where a whole classifier is to be trained against features."""
+    if tune == JOINT and space == "features":
+        raise UserError("--tune joint trains the whole classifier on images, and the CVAE makes features; leave it out")
 
 
 def read_run(args: argparse.Namespace) -> Request:

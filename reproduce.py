@@ -25,6 +25,7 @@ from cli.options import (
     add_machine_arguments,
     check_options,
     flag,
+    number,
     option_fields,
     parse_options,
     pick_all,
@@ -43,6 +44,7 @@ from reproduction import ablations
 from reproduction.jobs import Job, Step, last_line
 from training.config import LoopConfig, TrainingOptions
 
+MOST_SEEDS = 10_000  # more than anyone wants, and few enough to be listed
 ABLATION_SEEDS = ("1", "2", "3")
 DRAWN, ABLATED = "samples.png", "ablations.json"  # files of the first job
 SHARED = (
@@ -84,11 +86,14 @@ def get_parser() -> argparse.ArgumentParser:
     parser.set_defaults(partition=None)
     parser.add_argument("--partitions", nargs="+", default=["all"], help="Partitions to run (default: all)")
     parser.add_argument(
-        "--seeds", type=positive_int, default=5, help="Number of training seeds: 1, 2, … (default: %(default)s)"
+        "--seeds",
+        type=number(int, above=0, most=MOST_SEEDS),
+        default=5,
+        help="Number of training seeds: 1, 2, … (default: %(default)s)",
     )
     parser.add_argument(
         "--tuning-seeds",
-        type=positive_int,
+        type=number(int, above=0, most=MOST_SEEDS),
         default=1,
         help="Number of seeds of stage 2 for each training seed (default: %(default)s)",
     )
@@ -136,6 +141,7 @@ def main(args: argparse.Namespace) -> None:
     folder = jobs[0].folder.parent
     check_writable(folder / "table.json")
     for job in jobs:
+        check_writable(job.log)
         job.write()
     waiting = [job for job in jobs if not job.is_done]
     print(

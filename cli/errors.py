@@ -50,6 +50,8 @@ def run_command(main: Callable, parser: argparse.ArgumentParser, argv: list[str]
     Returns the exit status: what `main` returns, or 0; 2 for a `UserError` (as argparse's own) and where memory ran
     out, 128 + n when stopped by signal n.
     """
+    if sys.stderr is None:  # closed: there is nobody to tell
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):  # no character that a terminal lacks is worth losing a result
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -67,17 +69,17 @@ def run_command(main: Callable, parser: argparse.ArgumentParser, argv: list[str]
             sys.stdout.flush()  # what cannot be written is better known here than when Python ends
             return status
     except UserError as error:
-        print(f"{parser.prog}: error: {printable(str(error))}", file=sys.stderr)
+        complain(f"{parser.prog}: error: {printable(str(error))}")
         return 2
     except (MemoryError, RuntimeError) as error:
         if (shortage := memory_shortage(error)) is None:
             raise
-        print(f"{parser.prog}: error: {shortage}; {less_memory(parser)}", file=sys.stderr)
+        complain(f"{parser.prog}: error: {shortage}; {less_memory(parser)}")
         return 2
     except ImportError as error:
         if "failed to map segment" not in str(error):
             raise
-        print(f"{parser.prog}: error: not enough memory to load {error}", file=sys.stderr)
+        complain(f"{parser.prog}: error: not enough memory to load {error}")
         return 2
     except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -86,16 +88,24 @@ def run_command(main: Callable, parser: argparse.ArgumentParser, argv: list[str]
         if error.errno is None:
             raise
         what = f"{error.filename or 'standard output, or a file on the way'}: {error.strerror}"
-        print(f"{parser.prog}: error: {printable(str(what))}", file=sys.stderr)
+        complain(f"{parser.prog}: error: {printable(str(what))}")
         return 2
     except Stopped as stop:
-        print(f"{parser.prog}: {stop}", file=sys.stderr)
+        complain(f"{parser.prog}: {stop}")
         return 128 + stop.signum
 
 
 def _refuse(parser: argparse.ArgumentParser, message: str) -> None:
     """argparse's own `error` without the usage, which would hide the message behind twenty lines."""
     parser.exit(2, f"{parser.prog}: error: {printable(message)}; --help lists the options\n")
+
+
+def complain(text: str) -> None:
+    """Print a line to standard error, where that is possible."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:  # full, or closed by its reader: no reason to lose what is done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def printable(text: str) -> str:

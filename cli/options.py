@@ -83,7 +83,7 @@ def option(
         flags: what the option is called, where that does not follow from the field's name.
         help: a sentence without its full stop; the default is added.
         default_of: the default in words, where it is another than the field's.
-        needs: other options of which one must have one of the given values for this one to change anything.
+        needs: other options, each of which must have one of the given values for this one to change anything.
         former: values that were called otherwise before -> what they are called now.
         argument: of argparse's `add_argument`.
     """

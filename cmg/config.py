@@ -71,6 +71,7 @@ class FineTuneConfig:
         help="How the two classes of a pseudo-OOD image are drawn: independently, so that they may be the same, or "
         "distinct",
         choices=PAIRS,
+        needs={"mixing": tuple(name for name, mixing in MIXINGS.items() if mixing.uses_second)},
     )
     pseudo_batch_size: int | None = option(
         None,

@@ -34,7 +34,8 @@ class FeatureBank:
 
 @dataclass(frozen=True)
 class Stage2Data:
-    """Real images, uint8 and on the device: IND with labels, OOD sets by name; `validation` may be empty."""
+    """Real images, or features of a backbone in their place, on the device: IND with labels, OOD sets by name;
+    `validation` may be empty."""
 
     train: Images
     validation: Images
@@ -82,7 +83,7 @@ def load_data(
 
     Args:
         encode: what the networks see in the place of images, uint8 [N, C, S, S].
-        origins: how each network was made, by what messages call it; {} where that is not known.
+        origins: how each of the two networks was made, by what messages call it; {} where that is not known.
 
     Raises:
         UserError: the networks kept different images from training, or were trained on others than these.

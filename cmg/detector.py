@@ -103,7 +103,7 @@ class CMGDetector(FeaturesDetector):
         model: the trained classifier of stage 1; it stays as it is.
         cvae: the trained CVAE; not needed where the detector is fitted already.
         config: of the fine-tuning; its `eval_every` plays no part.
-        mode: "CMG-energy" or "CMG-softmax".
+        mode: a key of `cmg.losses.MODES`.
         seed: of the order of images and of the pseudo-OOD images.
         classes: names of the IND classes in the order of the logits (default: 0, 1, …).
 

@@ -41,7 +41,7 @@ def evaluate(
     about = describe("eval", request, inputs, device) | {"config": asdict(config)}
     remark = ""
     if inputs.cvae.makes == "features":
-        features = encoder_of(inputs.classifier, device)(inputs.data.test, config.precision)
+        features = encoder_of(inputs.classifier)(inputs.data.test, config.precision, device)
         about["generator"] = evaluate_feature_cvae(inputs.cvae, features, config.num_ind, config.precision)
         remark = little_explained(about["generator"])
     write_json(output, about | tables)

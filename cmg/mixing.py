@@ -42,16 +42,18 @@ class Mixing(NamedTuple):
     Attributes:
         weights: (numbers [N, z_dim] uniform in [0, 1), probability of the first class) -> weights w [N, z_dim].
         uses_probability: whether `--mixing-probability` changes anything.
+        uses_second: whether the second class does.
     """
 
     weights: Callable[[Tensor, float], Tensor]
     uses_probability: bool = False
+    uses_second: bool = True
 
 
 MIXINGS: dict[str, Mixing] = {
     "bernoulli": Mixing(bernoulli, uses_probability=True),
     "mixup": Mixing(mixup),
-    "none": Mixing(no_mixing),
+    "none": Mixing(no_mixing, uses_second=False),
 }
 
 

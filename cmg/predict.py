@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from cli.errors import UserError, printable
+from cli.errors import UserError, complain, printable
 from cli.files import check_outputs, replacing
 from cli.progress import Progress, counted
 from cmg.detector import CMGDetector
@@ -57,7 +57,7 @@ def predict(
         write_csv(output, predictions)
     errors = [prediction.error for prediction in predictions if prediction.error]
     for error in errors:
-        print(f"predict: {printable(error)}", file=sys.stderr)
+        complain(f"predict: {printable(error)}")
     if output:
         print(f"wrote {output}")
     else:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cli.errors import UserError
 from cmg.config import JOINT, FineTuneConfig
 from cmg.data import FeatureBank, Stage2Data, load_data
 from cmg.engine import Run, fine_tune
@@ -22,6 +23,7 @@ from models.inference import for_inference
 from models.main_model import MainModel
 from models.vae import ClassConditionalVAE
 from training.backbone import prepare
+from training.checkpoints import weights_checksum
 from training.networks import load_networks
 
 TUNABLE = {"head": "classifier", "last-layer": "classifier.fc2"}  # what --tune names -> submodule of MainModel
@@ -51,10 +53,16 @@ def load_inputs(
 
     `precision` is that of a backbone.
     """
-    experiment, encode, backbone = prepare(experiment, device, data_dir)
+    experiment, encode, backbone = prepare(experiment, data_dir)
     classifier, cvae, origins = load_networks(experiment, paths, device)
     made = {"the classifier": origins["train_classifier"], "the CVAE": origins["train_cvae"]}
-    data = load_data(experiment, ood_names, data_dir, made, device, lambda images: encode(images, precision))
+    for name, origin in made.items():
+        if backbone and origin.get("backbone", (checksum := weights_checksum(backbone))) != checksum:
+            raise UserError(
+                f"{name} was trained on the features of other weights of {experiment.task.backbone.name}: give the "
+                "same --backbone-weights, or train it again with --restart"
+            )
+    data = load_data(experiment, ood_names, data_dir, made, device, lambda images: encode(images, precision, device))
     return Stage2Inputs(experiment, classifier, cvae, origins, data, backbone)
 
 
@@ -143,9 +151,9 @@ def run_stage2(
             inputs to the next.
     """
     compared, left_out = compare(inputs.classifier, inputs.data, config, baselines) if baselines else ([], {})
-    split = "head" if config.tune == JOINT else config.tune
-    stage2 = Stage2.of(split_model(for_inference(inputs.classifier), split), inputs.cvae, config)
-    banks, key = {} if banks is None else banks, (split, config.precision)
+    tune = "head" if config.tune == JOINT else config.tune
+    stage2 = Stage2.of(split_model(for_inference(inputs.classifier), tune), inputs.cvae, config)
+    banks, key = {} if banks is None else banks, (tune, config.precision)
     if key not in banks:
         banks[key] = stage2.encode(inputs.data)
     if config.tune != JOINT:

@@ -29,7 +29,7 @@ from utils import generator
 
 @dataclass(frozen=True)
 class Images:
-    """Images, uint8 [N, C, S, S], and labels, int64 [N]."""
+    """Images, uint8 [N, C, S, S], or features in their place, float32 [N, F] or [N, F, 1, 1]; and labels, int64 [N]."""
 
     images: Tensor
     labels: Tensor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 import stat
 import struct
 import threading
@@ -21,7 +22,9 @@ PILLOW_MODES = {1: "L", 3: "RGB"}  # what Pillow calls images of that many chann
 EIGHT_BIT = {"1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr"}
 SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L", "I;16N"}  # grey, which Pillow would clip to 8 bits instead of scaling it
 # Where Pillow keeps EXIF and XMP data of the formats that have them; TIFF files it turns upright itself.
-TOLD_IN = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
+XMP, APP1 = ("xmp", "XML:com.adobe.xmp"), "Raw profile type APP1"
+TOLD_IN = {"exif", *XMP, APP1, "Raw profile type exif"}
+IN_XMP = re.compile(r"tiff:Orientation\s*(?:=\s*[\"']|>)\s*([1-8])")
 KNOWN_MODES = EIGHT_BIT | SIXTEEN_BIT
 MOST_PIXELS = 178_956_970  # of an image: beyond it Pillow takes a file for an attack
 MANY_PIXELS = 1 << 24  # decoded one image at a time: threads together would take gigabytes
@@ -67,6 +70,8 @@ def decoded(path: Path, size: int | None = None) -> Iterator:
                 wanted = f"{size}x{size}"
             if wanted:
                 raise UserError(f"{path}: is {image.width}x{image.height} pixels; expected {wanted}. {remedy}")
+            if image.format == "TIFF":
+                image.filename = ""  # Pillow maps a plain one that is to be turned into memory with the wrong width
             image.load()
             low, high = image.getextrema() if image.mode == "I" else (0, 0)
             if image.mode not in KNOWN_MODES or low < 0 or high >> 16:
@@ -102,10 +107,26 @@ def upright(image):
         8: turns.ROTATE_90,
     }
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        orientation = orientation_of(image)
     except Exception:  # damaged data beside the pixels, which say nothing then
         return image
     return image.transpose(turn[orientation]) if orientation in turn else image
+
+
+def orientation_of(image) -> int | None:
+    """The number under which EXIF, or else XMP data have it."""
+    if APP1 in image.info:  # EXIF data as older programs put them into PNG files: three lines, then hexadecimal
+        exif = Image.Exif()
+        exif.load(bytes.fromhex("".join(image.info[APP1].split("\n")[3:])))
+    else:
+        exif = image.getexif()
+    if orientation := exif.get(ExifTags.Base.Orientation):
+        return orientation
+    for key in XMP:
+        text = image.info.get(key, "")
+        if found := IN_XMP.search(text.decode("utf-8", "replace") if isinstance(text, bytes) else text):
+            return int(found[1])
+    return None
 
 
 def open_file(path: Path):

@@ -46,7 +46,7 @@ def search(root: Path) -> Found:
     """The images below `root` at any depth; hidden files and folders are left out.
 
     Links to images and folders are followed, but a folder is entered once, by its own path where it has one below
-    `root`; folders that hold `root` are not entered at all. So no link makes an image count twice.
+    `root`; folders that hold `root` are not entered at all. So no link to a folder makes an image count twice.
     """
     names, complaints = [], {}
     entered = {_identity(folder) for folder in Path(os.path.realpath(root)).parents}
@@ -257,7 +257,7 @@ def _finished(paths: Sequence[Path], pixels: np.ndarray, jobs: list[Future]) -> 
 # --- the packed file ----------------------------------------------------------------------------
 
 
-DECODING = 2  # counted up when images are decoded otherwise than before: packed files of then are made anew
+DECODING = 3  # counted up when images are decoded otherwise than before: packed files of then are made anew
 
 
 def _fingerprint(root: Path, names: list[str], resize: bool) -> str:

@@ -129,7 +129,8 @@ FEATURE_SIGMA = 2.0  # of a CVAE of features, with any images
 # Of the tasks whose images are features of a backbone.
 OF_BACKBONES = {
     "networks": "features",
-    "epochs": {"train_classifier": 20, "train_cvae": 20},
+    "epochs": {"train_classifier": 20},
+    "feature_epochs": 20,
     "batch_size": 128,
     "augment": False,
     "fine_tuning": {"eval_every": 20},

@@ -22,9 +22,9 @@ def box(axes, x: float, y: float, text: str, colour: str, width: float = 1.9, he
     axes.text(x, y, text, ha="center", va="center", fontsize=10, color=INK, linespacing=1.35)
 
 
-def arrow(axes, start: tuple[float, float], end: tuple[float, float], bend: float = 0.0) -> None:
+def arrow(axes, start: tuple[float, float], end: tuple[float, float]) -> None:
     """An arrow from `start` to `end`."""
-    style = {"arrowstyle": "-|>", "mutation_scale": 13, "color": INK, "connectionstyle": f"arc3,rad={bend}"}
+    style = {"arrowstyle": "-|>", "mutation_scale": 13, "color": INK}
     axes.add_patch(FancyArrowPatch(start, end, shrinkA=0, shrinkB=0, **style))
 
 

@@ -1,4 +1,4 @@
-"""Building blocks: the two feature extractors, the residual block of the decoder.
+"""Building blocks: the feature extractors, the residual block of the decoder.
 
 State-dict names are those of the first public code, so that checkpoints interchange.
 """

@@ -87,8 +87,11 @@ def read_arguments(args: argparse.Namespace) -> tuple[Request, dict[str, dict[st
     for name in OF_ONE_RUN:
         if getattr(args, name) is not None:
             raise UserError(f"{flag(name)} is for a single run; leave it out here and give it to eval")
-    variants = dict.fromkeys(VARIANTS if args.variant is None else args.variant)
-    return eval.read_arguments(args), {variant: variant_options(args, variant) for variant in variants}
+    request = eval.read_arguments(args)
+    in_images = request.experiment.task.space == "images"
+    default = [variant for variant in VARIANTS if in_images or variant != "--tune joint"]
+    variants = dict.fromkeys(default if args.variant is None else args.variant)
+    return request, {variant: variant_options(args, variant) for variant in variants}
 
 
 def variant_options(args: argparse.Namespace, variant: str) -> dict[str, object]:
@@ -105,6 +108,7 @@ def variant_options(args: argparse.Namespace, variant: str) -> dict[str, object]
         for name, needs in needs_of(FineTuneConfig).items():
             if "tune" in needs:
                 setattr(options, name, getattr(own, name))
+    eval.check_joint(options.tune, "features" if options.backbone else options.space)
     own.tune = options.tune  # beside which the variant's own options must count
     try:
         refuse_idle_options(own, FineTuneConfig)

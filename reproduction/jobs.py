@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 import zipfile
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -54,12 +55,19 @@ class Step:
     argv: tuple[str, ...]
     outputs: tuple[Path, ...]
 
+    @property
+    def starts_from(self) -> Path | None:
+        """The classifier that it is trained on, if it is."""
+        return Path(self.argv[self.argv.index("--classifier") + 1]) if "--classifier" in self.argv else None
+
     def is_intact(self, path: Path) -> bool:
         """Whether an output can be read as what it is, as far as a quick look tells."""
+        if not path.is_file():  # nor a pipe, which would be waited for
+            return False
         if path.suffix in ARCHIVES:
             return zipfile.is_zipfile(path)
         if path.suffix == ".png":
-            return path.is_file() and is_whole_png(path.read_bytes())
+            return is_whole_png(path.read_bytes())
         try:
             RESULT_READERS.get(self.module, os.stat)(path)
         except (OSError, UserError):
@@ -72,6 +80,9 @@ class Step:
         for path in (*self.outputs, *states):
             if path.is_file() and not self.is_intact(path):
                 print(f"{path} cannot be read: it is made again")
+                path.unlink()
+            elif path.is_file() and self.starts_from and path.stat().st_mtime < self.starts_from.stat().st_mtime:
+                print(f"{path} is of another classifier: it is made again")
                 path.unlink()
 
 
@@ -123,8 +134,15 @@ class Job:
 
 
 def is_whole_png(content: bytes) -> bool:
-    """Whether it begins and ends as the format has it."""
-    return content.startswith(b"\x89PNG\r\n\x1a\n") and content.endswith(b"IEND\xaeB`\x82")
+    """Whether it consists of the format's chunks, each with its checksum, up to the last."""
+    start, name = 8, b""
+    while content.startswith(b"\x89PNG\r\n\x1a\n") and len(content) >= start + 12:
+        end = start + 8 + int.from_bytes(content[start : start + 4], "big")
+        name, checksum = content[start + 4 : start + 8], int.from_bytes(content[end : end + 4], "big")
+        if zlib.crc32(content[start + 4 : end]) != checksum:
+            return False
+        start = end + 4
+    return name == b"IEND" and start == len(content)
 
 
 def read_job(folder: Path) -> Job:

@@ -28,6 +28,7 @@ from datasets.tasks import BackboneChoice
 from models.backbone import Backbone, without_classifier
 from models.layers import Standardise
 from reproduction import launchers
+from tests import tiny_backbone
 from tests.test_reproduce import run_here
 from training import backbone as backbones
 from training.backbone import load_backbone
@@ -289,6 +290,18 @@ def test_options_of_backbones_without_one(photos, capsys):
     assert "another size goes with --backbone NAME" in error_of(capsys, train, *custom, "--image-size", 64)
     assert "--backbone-weights goes with --backbone NAME" in error_of(capsys, train, *custom, "--backbone-weights", "x")
     assert "there are no images to draw" in error_of(capsys, figure.samples, *options(photos))
+
+
+def test_networks_on_other_weights_are_refused(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    of = options(photos)
+    assert run(train, *of, "--epochs", 1) == run(train, *of, "--command", "train_cvae", "--epochs", 1) == 0
+    other = tiny_backbone.tiny().network
+    torch.save({name: t + 1 for name, t in other.state_dict().items()}, "w.pt")
+    of += ["--backbone-weights", "w.pt"]
+    assert "made with other options (backbone was" in error_of(capsys, train, *of, "--epochs", 1)
+    error = error_of(capsys, evaluate, *of, "--ood-dir", photos / "insects")
+    assert "the classifier was trained on the features of other weights of tests.tiny_backbone:tiny" in error
 
 
 def test_a_detector_whose_package_is_missing(photos, tmp_path, monkeypatch, capsys):

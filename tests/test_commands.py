@@ -612,6 +612,7 @@ def test_images_of_another_size_are_refused(workplace, capsys):
         (eval, ["--mixing", "half"], "argument --mixing: invalid choice: 'half'"),
         (eval, ["--mixing-probability", "1.5"], "1.5 is out of range: expected at least 0 and at most 1"),
         (eval, ["--pseudo-batch-size", "0"], "argument --pseudo-batch-size: 0 is out of range: expected above 0"),
+        (eval, ["--mixing", "none", "--pairs", "distinct"], "--pairs goes with --mixing bernoulli or mixup only"),
         (eval, ["--tune", "joint", "--anchor", "1"], "--anchor goes with --tune head or last-layer only; leave it out"),
         (
             eval,

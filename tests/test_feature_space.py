@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from cmg.stage2 import Stage2, split_model
 from datasets.datasetsHelper import Images
 from datasets.tasks import TASKS, Experiment
 from models.feature_vae import FeatureCVAE
-from reproduction import launchers
+from reproduction import ablations, launchers
 from tests.test_reproduce import run_here
 from training.stages import STAGES
 from training.train_cvae import kl_divergence
@@ -52,6 +53,11 @@ def test_features_are_standardised_and_brought_back(vae):
     plain = vae.decoder(torch.cat([z, embedding], 1))
     torch.testing.assert_close(vae.standardise(vae.decode(z, embedding)), plain, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(vae.encode(features)[0], vae.fc_mean(vae.encoder(inside)))
+
+
+def test_features_that_do_not_vary_are_explained_to_no_part(vae):
+    metrics = evaluate_feature_cvae(vae, Images(torch.zeros(5, 128), torch.zeros(5, dtype=torch.long)), 6, "fp32")
+    assert metrics["explained"] == 0.0
 
 
 def test_the_loss_is_of_standardised_features(vae):
@@ -132,6 +138,14 @@ def failing(capsys, command, *argv: object) -> str:
 
 
 SHORT = ("--epochs", 1, "--lr", "1e-6")  # too short to explain anything
+
+
+def parsed(command, *argv: str):
+    args = command.get_parser().parse_args(argv)
+    args.argv = list(argv)
+    return args
+
+
 FEATURES = ("--command", "train_cvae", "--space", "features", "--device", "cpu")
 
 
@@ -158,6 +172,21 @@ def test_from_images_to_metrics(tmp_path, monkeypatch, capsys):
     assert "is not the cvae of same_dataset_digits (lacks" in failing(
         capsys, evaluate, "--params-dict-name2", "ckpt/same_dataset_digits_partition1_cvae_features.pkl"
     )
+    taken = "ckpt/same_dataset_digits_partition1_classifier.pkl"
+    for output in (["--params-dict-name", taken, "--restart"], ["--params-dict-name", "x", "--log", taken]):
+        assert "it is read by this command; name another file" in failing(capsys, train, *FEATURES, *output)
+    joint = ("--space", "features", "--device", "cpu", "--epochs", 1, "--variant=--tune joint", "--output", "a.json")
+    assert "--tune joint trains the whole classifier" in failing(capsys, ablations, *joint)
+    request, variants = ablations.read_arguments(parsed(ablations, "--space", "features"))
+    assert "--tune joint" not in variants and "--tune joint" in ablations.read_arguments(parsed(ablations))[1]
+
+    shutil.copy("ckpt/same_dataset_digits_partition1_classifier.pkl", "other.pkl")
+    assert run(evaluate, *argv, "--params-dict-name", "other.pkl") == 0  # the same classifier
+    assert (
+        run(train, "--epochs", 1, "--seed", 5, "--params-dict-name", "other.pkl", "--restart", "--device", "cpu") == 0
+    )
+    error = failing(capsys, evaluate, *argv, "--params-dict-name", "other.pkl")
+    assert error.endswith("--command train_cvae --restart --classifier other.pkl\n")
     assert run(train, "--epochs", 1, "--restart", "--device", "cpu") == 0
     error = failing(capsys, evaluate, *argv)
     assert "was trained on the features of another classifier than" in error and "--space features" in error

@@ -61,13 +61,42 @@ def test_photos_are_read_upright(tmp_path, name, options, orientation):
     assert np.abs(found.astype(int) - expected).max() <= (3 if name == "a.jpg" else 0)
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "1", "RGBA", "I;16"])
-def test_every_mode_is_turned(tmp_path, mode):
+@pytest.mark.parametrize("orientation", [3, 6, 7])
+@pytest.mark.parametrize(
+    ("mode", "ending"),
+    [*((mode, "png") for mode in ("L", "P", "1", "RGBA", "I;16"))]
+    + [(mode, "tif") for mode in ("L", "P", "1", "RGBA", "I;16", "CMYK", "LA")],
+)
+def test_every_mode_is_turned(tmp_path, mode, ending, orientation):
     grey = photo(16, 24).convert("L")
     image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257) if mode == "I;16" else grey.convert(mode)
-    store(image, tmp_path / "turned.png", 6)
-    image.save(tmp_path / "upright.png")
-    found, expected = (decode_image(tmp_path / f"{name}.png", 1, 16, resize=True) for name in ("turned", "upright"))
+    store(image, tmp_path / f"turned.{ending}", orientation)
+    image.save(tmp_path / f"upright.{ending}")
+    found, expected = (
+        decode_image(tmp_path / f"{name}.{ending}", 1, 16, resize=True) for name in ("turned", "upright")
+    )
+    assert np.array_equal(found, expected)
+
+
+EXIF_6 = bytes.fromhex("4d4d002a00000008000101120003000000010006000000000000")  # orientation 6, as TIFF has it
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"XML:com.adobe.xmp": "<x:xmpmeta tiff:Orientation='6'/>"},
+        {"XML:com.adobe.xmp": '<x:xmpmeta tiff:Orientation = "6"/>'},
+        {"XML:com.adobe.xmp": "<tiff:Orientation>\n 6</tiff:Orientation>"},
+        {"Raw profile type APP1": f"\nexif\n      32\n{(b'Exif' + bytes(2) + EXIF_6).hex()}"},
+    ],
+)
+def test_an_orientation_written_in_other_ways(tmp_path, told):
+    about = PngImagePlugin.PngInfo()
+    for key, text in told.items():
+        about.add_itxt(key, text)
+    photo().transpose(AS_STORED[6]).save(tmp_path / "turned.png", pnginfo=about)
+    photo().save(tmp_path / "upright.png")
+    found, expected = (decode_image(tmp_path / f"{name}.png", 3, 16, resize=True) for name in ("turned", "upright"))
     assert np.array_equal(found, expected)
 
 

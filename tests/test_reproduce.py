@@ -18,6 +18,7 @@ from statistics import mean, stdev
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 import reproduce
@@ -523,6 +524,7 @@ def test_a_record_that_cannot_be_read_counts_as_not_done(tmp_path, done):
         ("scores.npz", "eval", b""),
         ("samples.png", "figure.samples", b"\x89PNG\r\n\x1a\n cut short"),
         ("samples.png", "figure.samples", b"<html>"),
+        ("samples.png", "figure.samples", b"\x89PNG\r\n\x1a\nIEND\xaeB`\x82"),
         ("cvae.pkl", "train", b"PK\x03\x04 cut short"),
         ("cvae.pkl.resume", "train", b"PK\x03\x04 cut short"),
     ],
@@ -534,6 +536,35 @@ def test_what_nobody_can_read_is_made_again(tmp_path, capsys, name, module, cont
     assert not step.is_intact(path)
     step.forget_broken()
     assert not path.exists() and capsys.readouterr().out == f"{path} cannot be read: it is made again\n"
+
+
+def test_a_picture_is_whole_or_made_again(tmp_path):
+    path = tmp_path / "samples.png"
+    step = Step("one", "figure.samples", (), (path,))
+    Image.fromarray(np.arange(300, dtype=np.uint8).reshape(10, 10, 3)).save(path)
+    assert step.is_intact(path)
+    content = bytearray(path.read_bytes())
+    content[50] ^= 1
+    path.write_bytes(bytes(content))
+    assert not step.is_intact(path)
+
+
+def test_a_cvae_of_features_is_made_again_after_its_classifier(tmp_path, capsys):
+    classifier, cvae = tmp_path / "classifier.pkl", tmp_path / "cvae.pkl"
+    step = Step("train_cvae", "train", ("--classifier", str(classifier)), (cvae,))
+    for path, changed in ((classifier, 100), (cvae, 200)):
+        save_checkpoint(path, {})
+        os.utime(path, (changed, changed))
+    step.forget_broken()
+    assert cvae.exists()
+    os.utime(classifier, (300, 300))
+    step.forget_broken()
+    assert not cvae.exists() and "is of another classifier: it is made again" in capsys.readouterr().out
+
+
+def test_a_pipe_in_the_place_of_an_output_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "classifier.pkl")
+    assert not Step("one", "train", (), (tmp_path / "classifier.pkl",)).is_intact(tmp_path / "classifier.pkl")
 
 
 def test_results_that_do_not_belong_together_are_one_line(tmp_path, reproduced):

@@ -126,6 +126,14 @@ def test_output_that_goes_nowhere_is_named(tmp_path, redirection, message):
     assert (done.returncode, done.stderr) == (2, f"datasets.download: error: {message}\n")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
+def test_standard_error_that_goes_nowhere_loses_nothing(tmp_path, redirection):
+    command = f"{sys.executable} -m datasets.download --check SVHN --from x --data-dir {tmp_path} {redirection}"
+    done = subprocess.run(["bash", "-c", command], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "")
+
+
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "done.json")
     with pytest.raises(UserError, match=r"done\.json: is not a plain file; expected what is done"):

@@ -122,11 +122,12 @@ def fill(network: nn.Module, choice: BackboneChoice) -> None:
 # --- features -----------------------------------------------------------------------------------
 
 
-Encode = Callable[[Tensor, str], Tensor]
+Encode = Callable[[Tensor, str, torch.device], Tensor]
 
 
-def prepare(experiment: Experiment, device: torch.device, data_dir: Path) -> tuple[Experiment, Encode, Backbone | None]:
-    """An experiment as its networks see it, and what turns the images that are read, uint8, into what they see.
+def prepare(experiment: Experiment, data_dir: Path) -> tuple[Experiment, Encode, Backbone | None]:
+    """An experiment as its networks see it, and what turns the images that are read, uint8 and on the CPU, into what
+    they see: (images, precision, device) -> the same on the CPU.
 
     Without a backbone both are as they were. With one, images become its features, float32 [N, F, 1, 1]: images of F
     channels and one pixel. They are kept in `data_dir`/features, in files named after everything that they follow from.
@@ -136,20 +137,21 @@ def prepare(experiment: Experiment, device: torch.device, data_dir: Path) -> tup
     """
     choice = experiment.task.backbone
     if choice is None:
-        return experiment, lambda images, precision: images, None
-    backbone = load_backbone(choice).to(device, memory_format=torch.channels_last)
-    count = features_of(backbone, torch.zeros(1, 3, backbone.size, backbone.size, device=device), choice.name).shape[1]
+        return experiment, lambda images, precision, device: images, None
+    backbone = load_backbone(choice).to(memory_format=torch.channels_last)
+    count = features_of(backbone, torch.zeros(1, 3, backbone.size, backbone.size), choice.name).shape[1]
     weights = hashlib.sha256(f"{choice.name} {backbone.size} {backbone.interpolation}".encode())
     for tensor in backbone.state_dict().values():
         weights.update(tensor.cpu().contiguous().numpy().tobytes())
 
-    def encode(images: Tensor, precision: str) -> Tensor:
+    def encode(images: Tensor, precision: str, device: torch.device) -> Tensor:
         key = weights.copy()
         key.update(f"{precision} {list(images.shape)}".encode())
         key.update(images.numpy().tobytes())
         path = Path(data_dir) / "features" / f"{key.hexdigest()[:32]}.pt"
         if (kept := read_features(path, len(images), count)) is not None:
             return kept
+        backbone.to(device)
         progress = Progress(len(images), choice.name)
         features = in_chunks(
             lambda part: features_of(backbone, to_float(part.to(device)), choice.name), images, precision, progress
@@ -183,15 +185,15 @@ def features_of(backbone: Backbone, images: Tensor, name: str) -> Tensor:
     return features
 
 
-def read_features(path: Path, images: int, count: int) -> Tensor | None:
-    """What an earlier command left, or None where there is nothing whole."""
+def read_features(path: Path, rows: int, count: int) -> Tensor | None:
+    """What an earlier command left, [rows, count, 1, 1], or None where there is nothing whole."""
     try:
         features = load_checkpoint(path).get("features") if path.is_file() else None
     except UserError:
         return None
-    return features if isinstance(features, Tensor) and features.shape == (images, count, 1, 1) else None
+    return features if isinstance(features, Tensor) and features.shape == (rows, count, 1, 1) else None
 
 
-def encoded(images: Images, encode: Encode, precision: str) -> Images:
+def encoded(images: Images, encode: Encode, precision: str, device: torch.device) -> Images:
     """Images and labels with the images encoded."""
-    return Images(encode(images.images, precision), images.labels)
+    return Images(encode(images.images, precision, device), images.labels)

@@ -35,7 +35,7 @@ class Objective(Protocol):
         """The random numbers for one pass over `count` images, one row per image."""
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, *draws: Tensor) -> dict[str, Tensor]:
-        """Means over the batch; "loss" is minimised, the others are reported. `images` are uint8 [B, C, S, S]."""
+        """Means over the batch; "loss" is minimised, the others are reported. `images` are those of `Images`."""
 
 
 def fit(

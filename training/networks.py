@@ -12,17 +12,21 @@ from torch import nn
 from cli.errors import UserError
 from datasets.tasks import COMMANDS, Experiment
 from models.main_model import MainModel
-from models.vae import ConditionalVAE
+from models.vae import ClassConditionalVAE
 from training.checkpoints import load_network, weights_checksum
 from training.config import resume_path
 from training.stages import stage_of
 
 
-def train_command(experiment: Experiment, command: str, path: Path) -> str:
-    """What to type to make a checkpoint: in `path`, or where `train` puts it if `path` is another file."""
+def train_command(experiment: Experiment, command: str, path: Path, classifier: Path | None = None) -> str:
+    """What to type to make a checkpoint: in `path`, or where `train` puts it if `path` is another file; a CVAE of
+    features on those of `classifier`."""
     where = ("--params-dict-name", str(path))
     if path.is_file():
         where = ("--restart",) if path == experiment.checkpoint(command) else ()
+    if command == "train_cvae" and experiment.task.space == "features":
+        if classifier not in (None, experiment.checkpoint("train_classifier")):
+            where += ("--classifier", str(classifier))
     return shlex.join(["python", "-m", "train", *experiment.options, "--command", command, *where])
 
 
@@ -41,7 +45,7 @@ def load_stage1(experiment: Experiment, command: str, path: Path, device: torch.
 
 def load_networks(
     experiment: Experiment, paths: Mapping[str, Path], device: torch.device
-) -> tuple[MainModel, ConditionalVAE, dict[str, dict]]:
+) -> tuple[MainModel, ClassConditionalVAE, dict[str, dict]]:
     """Classifier and CVAE, and how each was made; `paths` and origins are by training command.
 
     Raises:
@@ -55,7 +59,8 @@ def load_networks(
                 f"{' and '.join(unfinished)}: the training was interrupted; run its command again to finish it"
             )
         files = " and ".join(f"{path}: no such file" for path in missing.values())
-        remedy = " && ".join(train_command(experiment, command, path) for command, path in missing.items())
+        classifier = paths.get("train_classifier")
+        remedy = " && ".join(train_command(experiment, command, path, classifier) for command, path in missing.items())
         raise UserError(f"{files}. Make what is missing with: {remedy}")
     loaded = {command: load_stage1(experiment, command, paths[command], device) for command in COMMANDS}
     origins = {command: origin for command, (_, origin) in loaded.items()}
@@ -65,6 +70,6 @@ def load_networks(
         raise UserError(
             f"{paths['train_cvae']}: was trained on the features of another classifier than "
             f"{paths['train_classifier']}. Make it anew with: "
-            f"{train_command(experiment, 'train_cvae', paths['train_cvae'])}"
+            f"{train_command(experiment, 'train_cvae', paths['train_cvae'], paths['train_classifier'])}"
         )
     return classifier, cvae, origins

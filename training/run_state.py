@@ -138,7 +138,7 @@ class RunState:
     def save(self) -> None:
         """Write the resumable state, whole or not at all; one with a loss or weights that are not finite never."""
         self.check_finite()
-        check_weights(self.model, self.epoch)
+        check_weights(self.model, -(-self.step // self.steps_per_epoch))
         if self.losses:  # the same on every process, so that one file can restore all
             self.losses = list(self.processes.mean(torch.stack(self.losses)))
             self.sums = {name: self.processes.mean(total) for name, total in self.sums.items()}

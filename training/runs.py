@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,17 +26,19 @@ from training.run_state import Recorder
 from utils import derive_seed, pick_precision
 
 
-def is_done(path: Path, origin: dict, options: RunOptions, any_precision: bool, show: bool) -> bool:
+def is_done(
+    path: Path, origin: dict, options: RunOptions, any_precision: bool, show: bool, reads: Sequence[Path] = ()
+) -> bool:
     """Whether `path` holds the result of this very run already (`show` says so); with --restart, forget it.
 
-    With `any_precision`, as --precision auto has it, a result in either will do.
+    With `any_precision`, as --precision auto has it, a result in either will do. `reads` are files that the run reads.
 
     Raises:
         UserError: it holds something else, which would be lost.
     """
     resume = resume_path(path)
     if options.restart:
-        check_outputs(path, resume, options.log)
+        check_outputs(path, resume, options.log, inputs=reads)
         resume.unlink(missing_ok=True)
         return False
     if os.path.exists(resume) or not os.path.isfile(path):  # unlike Path's, no errors where a name cannot be
@@ -69,10 +71,11 @@ class Training:
         objective: of `training.loop.fit`.
         report: (network in eval mode, test images, precision) -> what is printed in the end.
         schedule: (loop, number of training images) -> of `training.loop.fit`.
-        encode: (images, precision) -> what the network sees in their place.
+        encode: (images, precision, device) -> what the network sees in their place.
         start: takes from what the network sees all that it needs to know before the first step.
         compact, expand: bring the network into the form in which it is trained, and back, both in place.
         whole_batches: whether each of several processes needs images of every batch.
+        reads: checkpoints that it starts from, which nothing may be written over.
     """
 
     command: str
@@ -84,11 +87,12 @@ class Training:
     objective: Objective
     report: Callable[[nn.Module, Images, str], str]
     schedule: Callable[[LoopConfig, int], Callable[[float], float] | None]
-    encode: Callable[[Images, str], Images] = lambda images, precision: images
+    encode: Callable[[Images, str, torch.device], Images] = lambda images, precision, device: images
     start: Callable[[nn.Module, Images], None] = lambda model, images: None
     compact: Callable[[nn.Module], None] = lambda model: None
     expand: Callable[[nn.Module], None] = lambda model: None
     whole_batches: bool = False
+    reads: tuple[Path, ...] = ()
 
 
 def train(
@@ -114,21 +118,22 @@ def train(
         images, test_images = load_ind(experiment, machine.data_dir)
         images, _ = split_validation(images, training.what["val_fraction"])
         what = training.what | {"command": training.command, "data": fingerprint(images)}
-        if is_done(path, what | asdict(config), options, machine.precision == "auto", show=processes.is_main):
+        any_precision = machine.precision == "auto"
+        if is_done(path, what | asdict(config), options, any_precision, processes.is_main, training.reads):
             return
         if training.whole_batches and 0 < len(images) % config.batch_size < processes.world:
             raise UserError(
-                f"--batch_size {config.batch_size}: the last batch of an epoch has fewer images than there are "
+                f"--batch-size {config.batch_size}: the last batch of an epoch has fewer images than there are "
                 f"processes ({processes.world}); choose another size"
             )
-        images = training.encode(images, precision)
+        images = training.encode(images, precision, processes.device)
         torch.manual_seed(derive_seed(config.seed, "initialisation", training.command))
         model = training.build().to(processes.device, memory_format=torch.channels_last)
         training.start(model, images)
         training.compact(model)
         _fit_to_checkpoint(training, model, images, what, path, config, options, processes)
         if processes.is_main:
-            test_images = training.encode(test_images, precision).to(processes.device)
+            test_images = training.encode(test_images, precision, processes.device).to(processes.device)
             print(training.report(model.eval(), test_images, precision))
             print(f"wrote {path}")
 
@@ -150,7 +155,7 @@ def _fit_to_checkpoint(
     moments = training.moments * sum(p.nbytes for p in model.parameters())
     state = sum(t.nbytes for t in model.state_dict().values()) + moments
     check_writable(path, state * (1 if os.path.exists(resume) else 2))  # an old one stays until the new one is complete
-    check_outputs(path, resume, options.log)
+    check_outputs(path, resume, options.log, inputs=training.reads)
     if processes.is_main:
         print(
             f"{training.about}, {counted(len(images), 'image')}, {counted(config.epochs, 'epoch')} on "

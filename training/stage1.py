@@ -20,7 +20,6 @@ from training.networks import load_stage1
 from training.runs import Training, format_metrics, train
 from training.stages import STAGES, stage_of
 from training.train_feature_cvae import encoder_of
-from utils import pick_device
 
 
 def train_network(
@@ -39,8 +38,7 @@ def train_network(
         path: of the checkpoint.
         loop: what differs from the task's and the method's in `LoopConfig`.
     """
-    device = pick_device(machine.device)
-    experiment, encode, _ = prepare(experiment, device, machine.data_dir)
+    experiment, encode, backbone = prepare(experiment, machine.data_dir)
     task, stage = experiment.task, stage_of(experiment.task, command)
     if chosen.kl_weight is not None:
         task = replace(task, kl_weight=chosen.kl_weight)
@@ -51,21 +49,23 @@ def train_network(
         metrics = stage.evaluate(model, test_images, experiment.num_ind, precision)
         return "\n".join([f"IND test images: {format_metrics(metrics)}", *filter(None, [stage.remark(metrics)])])
 
-    def see(images: Images, precision: str) -> Images:
-        return encoded(images, encode, precision)
+    def see(images: Images, precision: str, device: torch.device) -> Images:
+        return encoded(images, encode, precision, device)
 
-    in_features = {}
+    more = {}
+    if backbone:
+        what |= {"backbone": weights_checksum(backbone)}
+        more = {"encode": see, "start": lambda model, features: model.convE.fit(features.images)}
     if stage is STAGES["train_feature_cvae"]:
         path_of_classifier = chosen.classifier or experiment.checkpoint("train_classifier")
-        classifier, _ = load_stage1(experiment, "train_classifier", path_of_classifier, device)
+        classifier, _ = load_stage1(experiment, "train_classifier", path_of_classifier, torch.device("cpu"))
         what |= {"space": task.space, "classifier": weights_checksum(classifier)}
-        extract = encoder_of(classifier, device)
-        in_features = {
-            "encode": lambda images, precision: extract(see(images, precision), precision),
+        extract = encoder_of(classifier)
+        more = {
+            "encode": lambda images, precision, device: extract(see(images, precision, device), precision, device),
             "start": lambda model, features: model.standardise.fit(features.images),
+            "reads": (path_of_classifier,),
         }
-    elif task.backbone:
-        in_features = {"encode": see, "start": lambda model, features: model.convE.fit(features.images)}
 
     training = Training(
         command=command,
@@ -79,7 +79,7 @@ def train_network(
         schedule=warmup_schedule,
         compact=stage.compact,
         expand=stage.expand,
-        **in_features,
+        **more,
     )
     own = {"epochs": task.epochs[command], "batch_size": task.batch_size}
     train(training, experiment, path, own | loop, options, machine)

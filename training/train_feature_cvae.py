@@ -27,12 +27,13 @@ def build_feature_cvae(task: Task) -> FeatureCVAE:
     return FeatureCVAE(features, Z_DIM, task.embedded_classes)
 
 
-def encoder_of(classifier: MainModel, device: torch.device) -> Callable[[Images, str], Images]:
-    """What turns images into features [N, F], on `device`, which the CVAE then sees in their place."""
-    network = for_inference(classifier).to(device)
+def encoder_of(classifier: MainModel) -> Callable[[Images, str, torch.device], Images]:
+    """What turns images into features [N, F], on a device, which the CVAE then sees in their place."""
+    network = for_inference(classifier)
 
-    def encode(data: Images, precision: str) -> Images:
+    def encode(data: Images, precision: str, device: torch.device) -> Images:
         data = data.to(device)
+        network.to(device)
         return Images(in_chunks(lambda part: network.features(to_float(part)), data.images, precision), data.labels)
 
     return encode
@@ -66,8 +67,9 @@ def evaluate_feature_cvae(model: FeatureCVAE, data: Images, num_ind: int, precis
         latents = torch.cat([mean, model.embed(data.labels)], 1)
         made = in_chunks(lambda part: model.decode(*part.chunk(2, 1)), latents, precision)
         target = model.standardise(data.images)
-        left = (model.standardise(made) - target).square().sum() / target.square().sum()
-    return {"explained": 1 - left.item(), "kl_nats": kl_divergence(mean, logvar).mean().item()}
+        left, variance = (part.square().sum().item() for part in (model.standardise(made) - target, target))
+    explained = 1 - left / variance if variance else 0.0  # all alike: there is nothing to explain
+    return {"explained": explained, "kl_nats": kl_divergence(mean, logvar).mean().item()}
 
 
 def little_explained(metrics: dict[str, float]) -> str:
