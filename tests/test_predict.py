@@ -340,7 +340,6 @@ def test_mistakes_are_one_line(images, detector_file, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--detector", "d.pt"], "the following arguments are required: IMAGE_OR_FOLDER"),
         (["a.png"], "the following arguments are required: --detector"),
         (["a.png", "--detector", "d.pt", "--batch-size", "0"], "argument --batch-size: 0 is out of range"),
         (["a.png", "--detector", "d.pt", "--precision", "fp8"], "argument --precision: invalid choice: 'fp8'"),
