@@ -53,6 +53,8 @@ def custom_task(ind_dir: Path, ood_dirs: Sequence[Path] = (), image_size: int = 
         same = first_twin([ind_dir / split / name for name in classes])
         if same:
             raise UserError(f"{same[0]} and {same[1]} are the same folder: a class needs one of its own; remove a link")
+    if os.path.realpath(ind_dir / "train") == os.path.realpath(ind_dir / "test"):
+        raise UserError(f"--ind-dir {ind_dir}: train and test are the same folder; expected other images in each")
     name = printable(ind_dir.resolve().name)
     task = Task(
         dataset=name,
@@ -118,6 +120,9 @@ def with_ood_folders(task: Task, ood_dirs: Sequence[Path]) -> Task:
         name = printable(folder.resolve().name)
         if not folder.is_dir():
             raise UserError(f"--ood-dir {folder}: no such folder; expected a folder of images")
+        for root in (known.root for known in task.folders.values() if known.classes):
+            if (resolved := folder.resolve()).is_relative_to(root.resolve()) or root.resolve().is_relative_to(resolved):
+                raise UserError(f"--ood-dir {folder}: holds IND images, those of {root}; name a folder of other images")
         if name in RESERVED:
             raise UserError(f"--ood-dir {folder}: the name {name} is reserved by results or options; rename the folder")
         if name in folders or name == task.dataset or name in task.ood_datasets:

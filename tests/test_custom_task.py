@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -184,8 +185,9 @@ def test_ood_mistakes_are_named(birds, insects, tmp_path):
     other.mkdir(parents=True)
     with pytest.raises(UserError, match="there is a data set called insects already; rename the folder"):
         custom_task(birds, [insects, other])
+    (tmp_path / "x" / "birds").mkdir(parents=True)
     with pytest.raises(UserError, match="there is a data set called birds already"):
-        custom_task(birds, [birds])
+        custom_task(birds, [tmp_path / "x" / "birds"])
     (tmp_path / "SVHN").mkdir()
     with pytest.raises(UserError, match="there is a data set called SVHN already"):
         with_ood_folders(TASKS["different_dataset"], [tmp_path / "SVHN"])
@@ -239,6 +241,16 @@ def test_networks_of_another_width_than_the_tasks_own_have_another_name(task, wi
     assert (found.name, found.task.networks, found.partition) == (name, networks, "partition2")
     assert found.checkpoint("train_cvae") == Path(f"ckpt/{name}_partition2_cvae.pkl")
     assert experiment_from_arguments(parse(*found.options)) == found  # what commands in messages are made of
+
+
+def test_ind_images_are_no_ood_images_and_training_images_no_test_images(birds, tmp_path):
+    for folder in (birds / "test", birds / "train" / next((birds / "train").iterdir()).name, birds, birds.parent):
+        with pytest.raises(UserError, match="holds IND images, those of .*; name a folder of other images"):
+            custom_task(birds, [folder])
+    shutil.rmtree(birds / "test")
+    (birds / "test").symlink_to("train")
+    with pytest.raises(UserError, match="train and test are the same folder; expected other images in each"):
+        custom_task(birds)
 
 
 def test_own_images_have_narrow_networks_too(birds):

@@ -482,6 +482,8 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_network(tmp_path):
     kills, completed, chance = 0, 0, random.Random(0)
     while kills < 8 or not completed:
         process = children.start(children.train_tiny, options(parts, 15), output=output)
+        if kills % 2:  # every other kill falls into the training, however busy the machine is
+            wait_for(lambda process=process: Path(f"{parts}.resume").exists() or not process.is_alive())
         process.join(chance.uniform(0, duration) if kills < 8 else 60)
         process.kill()
         process.join()
@@ -492,7 +494,7 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_network(tmp_path):
             assert_same_network(parts, whole)
             parts.unlink()
             completed += 1
-    assert output.read_text().count("resuming at epoch") >= 2  # most kills fell into the training
+    assert output.read_text().count("resuming at epoch") >= 2
 
 
 def test_two_processes_stopped_by_sigterm_save_exit_143_and_resume(tmp_path):
