@@ -194,6 +194,6 @@ def read_features(path: Path, rows: int, count: int) -> Tensor | None:
     return features if isinstance(features, Tensor) and features.shape == (rows, count, 1, 1) else None
 
 
-def encoded(images: Images, encode: Encode, precision: str, device: torch.device) -> Images:
+def encoded(encode: Encode, images: Images, precision: str, device: torch.device) -> Images:
     """Images and labels with the images encoded."""
     return Images(encode(images.images, precision, device), images.labels)

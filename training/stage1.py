@@ -49,10 +49,7 @@ def train_network(
         metrics = stage.evaluate(model, test_images, experiment.num_ind, precision)
         return "\n".join([f"IND test images: {format_metrics(metrics)}", *filter(None, [stage.remark(metrics)])])
 
-    def see(images: Images, precision: str, device: torch.device) -> Images:
-        return encoded(images, encode, precision, device)
-
-    more = {}
+    see, more = partial(encoded, encode), {}
     if backbone:
         what |= {"backbone": weights_checksum(backbone)}
         more = {"encode": see, "start": lambda model, features: model.convE.fit(features.images)}
