@@ -195,7 +195,7 @@ def make_jobs(args: argparse.Namespace) -> tuple[str, list[Job]]:
     ood_names = pick_all("--ood-dataset", args.ood_dataset, task.ood_datasets, task_name)
     in_features = task.space == "features"
     root = args.output or Path("results") / short_name(f"{task_name}{'_features' * in_features}")
-    which = [*(task.options or ("--task", task_name))]
+    which = [*experiment.task_options]
     which += [word for ood_dir in args.ood_dir for word in ("--ood-dir", str(ood_dir))]
     which += ["--precision", args.precision] if args.precision != "auto" else []
     machine = ["--data-dir", str(args.data_dir), *(["--device", args.device] if args.device else [])]
@@ -225,14 +225,8 @@ def make_jobs(args: argparse.Namespace) -> tuple[str, list[Job]]:
             loaded = ("--params-dict-name", str(networks["classifier"]), "--params-dict-name2", str(networks["cvae"]))
             tested = (*of_job, "--ood-dataset", *ood_names, "--mode", *modes, *loaded)
             result, scores = outputs(folder)
-            options = (
-                "--seeds",
-                *map(str, tuning_seeds(seed, args.tuning_seeds)),
-                "--output",
-                str(result),
-                "--save-scores",
-                str(scores),
-            )
+            options = ("--seeds", *map(str, tuning_seeds(seed, args.tuning_seeds)))
+            options += ("--output", str(result), "--save-scores", str(scores))
             options += () if args.baselines is None else ("--baselines", *args.baselines)
             steps.append(Step("eval", "eval", (*tested, *options, *more["eval"]), (result, scores)))
             if not jobs and not in_features:

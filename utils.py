@@ -302,7 +302,7 @@ def check_values(path: Path, values: dict, remedy: str) -> None:
                 raise UserError(f"{path}: {bad:,} of the {value.numel():,} values of {name} are not finite. {remedy}")
             if str(name).endswith("running_var") and (value < 0).any():
                 raise UserError(f"{path}: {name} holds variances below 0. {remedy}")
-            if str(name).endswith("standardise.std") and (value <= 0).any():
+            if str(name).rpartition(".")[2] == "std" and (value <= 0).any():
                 raise UserError(f"{path}: {name} holds deviations that are not above 0. {remedy}")
         elif isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{path}: {name} is {value}, expected a finite number. {remedy}")

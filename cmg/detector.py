@@ -81,15 +81,17 @@ class DetectorConfig:
 
 
 class Encoder(nn.Module):
-    """The frozen part of a classifier: images [B, C, S, S] in [0, 1] -> features [B, F] in fp32."""
+    """The frozen part of a classifier, behind its backbone: images [B, C, S, S] in [0, 1] -> features [B, F], fp32."""
 
-    def __init__(self, model: MainModel, tune: str, precision: str):
+    def __init__(self, model: MainModel, tune: str, precision: str, backbone: Backbone | None):
         super().__init__()
-        self.network, self.tune, self.precision = for_inference(model), tune, precision
+        self.network, self.tune, self.precision, self.backbone = for_inference(model), tune, precision, backbone
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         with autocast(images.device, self.precision):
+            if self.backbone is not None:
+                images = self.backbone(images).float()
             return split_model(self.network, self.tune).features(images).float()
 
 
@@ -106,10 +108,10 @@ class CMGDetector(FeaturesDetector):
         mode: a key of `cmg.losses.MODES`.
         seed: of the order of images and of the pseudo-OOD images.
         classes: names of the IND classes in the order of the logits (default: 0, 1, …).
+        backbone: what images go through before they come to the classifier, if anything.
 
     Attributes:
         threshold, threshold_from: images that score above it are OOD; see `calibrate`.
-        backbone, backbone_name: what images go through before they come to the classifier, if anything.
     """
 
     requires_fit = True
@@ -122,15 +124,15 @@ class CMGDetector(FeaturesDetector):
         mode: str = "CMG-energy",
         seed: int = DEFAULT_SEED,
         classes: Sequence[int | str] | None = None,
+        backbone: Backbone | None = None,
     ):
         self.model, self.cvae = copy.deepcopy(model).eval(), cvae
         self.finetuning, self.mode, self.seed = config, mode, seed
         self.classes = tuple(range(config.num_ind)) if classes is None else tuple(classes)
-        self.encoder = Encoder(self.model, config.tune, config.precision)
+        self.backbone = backbone
+        self.encoder = Encoder(self.model, config.tune, config.precision, backbone)
         self.head: nn.Module | None = None
         self.threshold, self.threshold_from = math.inf, ""
-        self.backbone: Backbone | None = None
-        self.backbone_name = ""
 
     # --- fitting ----------------------------------------------------------------------------------
 
@@ -208,9 +210,6 @@ class CMGDetector(FeaturesDetector):
         if images.shape[1:] != (channels, size, size) or images.dtype != torch.float32:
             expected = f"torch.float32 [B, {channels}, {size}, {size}]"
             raise ValueError(f"images are {images.dtype} {list(images.shape)}, expected {expected}")
-        if self.backbone is not None:
-            with torch.no_grad(), autocast(images.device, self.finetuning.precision):
-                images = self.backbone(images).float()
         return self.encoder(images)
 
     @property
@@ -247,7 +246,7 @@ class CMGDetector(FeaturesDetector):
             threshold=self.threshold,
             threshold_from=self.threshold_from,
             precision=self.finetuning.precision,
-            backbone=self.backbone_name,
+            backbone=self.backbone.name if self.backbone else "",
             backbone_size=self.backbone.size if self.backbone else 0,
         )
 
@@ -277,28 +276,29 @@ class CMGDetector(FeaturesDetector):
             config = DetectorConfig(**content["detector"])
             score = FORMER_SCORES.get(config.score, config.score)
             model = MainModel(config.image_size, config.image_channels, config.logits, config.networks)
-            state = dict(content["model"])
+            state, of_backbone = dict(content["model"]), dict(content.get("backbone", {}))
         except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError):
             raise UserError(f"{path}: is not a detector. {remedy}") from None
         known = isinstance(config.classes, tuple | list) and score in SCORES and isinstance(config.threshold, float)
         known = known and config.precision in ("auto", "fp32", "bf16") and isinstance(config.threshold_from, str)
+        known = known and isinstance(config.backbone, str) and isinstance(config.backbone_size, int)
         if not known or not len(set(config.classes)) == len(config.classes) <= config.logits or not config.classes:
             raise UserError(f"{path}: its classes, score and threshold do not go with its network. {remedy}")
         check_values(path, state | {"the threshold": config.threshold}, remedy)
+        check_values(path, of_backbone, remedy)
         fill_network(path, state, model, "the network that this detector names", {}, remedy)
         precision = pick_precision(precision, device, config.precision)
         # No part of fine-tuning but the score is of any use to a detector that has been fitted.
         finetuning = FineTuneConfig(num_ind=len(config.classes), sigma=1.0, score=score, precision=precision)
-        detector = cls(
-            model.to(device, memory_format=torch.channels_last), None, finetuning, classes=config.classes
-        ).adopt(model.classifier.state_dict())
-        detector.threshold, detector.threshold_from = config.threshold, config.threshold_from
+        backbone = None
         if config.backbone:
             backbone = load_backbone(BackboneChoice(config.backbone, size=config.backbone_size), pretrained=False)
-            fill_network(path, content.get("backbone", {}), backbone, f"the backbone {config.backbone}", {}, remedy)
-            detector.backbone_name = config.backbone
-            detector.backbone = backbone.to(device, memory_format=torch.channels_last)
-        return detector
+            fill_network(path, of_backbone, backbone, f"the backbone {config.backbone}", {}, remedy)
+            backbone.to(device, memory_format=torch.channels_last)
+        model.to(device, memory_format=torch.channels_last)
+        detector = cls(model, None, finetuning, classes=config.classes, backbone=backbone)
+        detector.threshold, detector.threshold_from = config.threshold, config.threshold_from
+        return detector.adopt(model.classifier.state_dict())
 
 
 def acceptance_threshold(ind_scores: Tensor) -> float:

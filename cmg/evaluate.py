@@ -10,14 +10,12 @@ from pathlib import Path
 import torch
 
 from cli.files import write_json
-from cmg.config import FineTuneConfig, Request, config_for
+from cmg.config import Request, config_for
 from cmg.detector import CMGDetector
-from cmg.engine import Run
-from cmg.results import save_scores
+from cmg.results import Results, save_scores
 from cmg.stage2 import Stage2Inputs, load_inputs, run_stage2
-from datasets.datasetsHelper import to_float
+from datasets.datasetsHelper import Images
 from evaluation.report import format_ind_table, format_table, left_out
-from models.inference import in_chunks
 from training.train_feature_cvae import encoder_of, evaluate_feature_cvae, little_explained
 from utils import environment, pick_precision, start_computing
 
@@ -41,7 +39,11 @@ def evaluate(
     about = describe("eval", request, inputs, device) | {"config": asdict(config)}
     remark = ""
     if inputs.cvae.makes == "features":
-        features = encoder_of(inputs.classifier)(inputs.data.test, config.precision, device)
+        test = inputs.data.test
+        if config.tune == "head":
+            features = Images(results.bank.test, test.labels)
+        else:  # the bank holds what lies behind the extractor
+            features = encoder_of(inputs.classifier)(test, config.precision, device)
         about["generator"] = evaluate_feature_cvae(inputs.cvae, features, config.num_ind, config.precision)
         remark = little_explained(about["generator"])
     write_json(output, about | tables)
@@ -50,7 +52,7 @@ def evaluate(
         save_scores(scores, results.scored)
         written.append(str(scores))
     if detector:
-        made = make_detector(inputs, results.runs[0], config)
+        made = make_detector(inputs, results)
         made.save(detector, about, request.experiment.name)
         written.append(f"{detector}: {made.rule()}")
     print(f"\n{format_table(tables['detection'], left_out([tables]))}\n\n{format_ind_table(tables['ind'])}\n")
@@ -85,14 +87,10 @@ def describe(module: str, request: Request, inputs: Stage2Inputs, device: torch.
     }
 
 
-def make_detector(inputs: Stage2Inputs, run: Run, config: FineTuneConfig) -> CMGDetector:
-    """The classifier with the head that `run` ended with, and the threshold that 95 % of the IND images kept from
-    training, or where there are none of the IND test images, do not exceed in the precision of `config`."""
-    kept, data, task = len(inputs.data.validation), inputs.data, inputs.experiment.task
-    name, images = ("IND validation", data.validation.images) if kept else ("IND test", data.test.images)
-    names = inputs.experiment.class_names
-    detector = CMGDetector(inputs.classifier, None, config, run.mode, run.seed, names).adopt(run.last)
-    features = in_chunks(lambda part: detector.encoder(to_float(part)), images, config.precision)
-    detector.calibrate(features, name)
-    detector.backbone, detector.backbone_name = inputs.backbone, choice.name if (choice := task.backbone) else ""
-    return detector
+def make_detector(inputs: Stage2Inputs, results: Results) -> CMGDetector:
+    """The classifier with the head that the first run ended with, and the threshold that 95 % of the IND images kept
+    from training, or where there are none of the IND test images, do not exceed."""
+    run, bank, names = results.runs[0], results.bank, inputs.experiment.class_names
+    name, features = ("IND validation", bank.validation) if len(bank.validation) else ("IND test", bank.test)
+    detector = CMGDetector(inputs.classifier, None, results.config, run.mode, run.seed, names, inputs.backbone)
+    return detector.adopt(run.last).calibrate(features, name)

@@ -25,15 +25,11 @@ class Graph(nn.Module):
 
     def __init__(self, detector: CMGDetector):
         super().__init__()
-        self.backbone = detector.backbone or nn.Identity()
-        self.encoder = detector.encoder
-        self.detector = [detector]  # in a list: its networks are in the encoder already, but for the head
-        self.head = detector.head
+        self.detector, self.encoder, self.head = detector, detector.encoder, detector.head
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        (detector,) = self.detector
-        scores, classes = detector.judge(self.encoder(self.backbone(to_float(images))))
-        return scores.float(), classes, scores > detector.threshold
+        scores, classes = self.detector.judge(self.encoder(to_float(images)))
+        return scores.float(), classes, scores > self.detector.threshold
 
 
 def export_onnx(detector: CMGDetector, path: Path) -> None:
@@ -91,6 +87,6 @@ def compare(graph: Graph, session: object, images: Tensor) -> None:
     for part in (images, images[:1]):
         ours = [output.numpy() for output in graph(part)]
         theirs = session.run(list(OUTPUTS), {"images": part.numpy()})
-        near = np.abs(ours[0] - graph.detector[0].threshold) <= TOLERANCE  # a verdict that rounding may turn
+        near = np.abs(ours[0] - graph.detector.threshold) <= TOLERANCE  # a verdict that rounding may turn
         if not np.allclose(ours[0], theirs[0], rtol=TOLERANCE, atol=TOLERANCE) or (ours[2] != theirs[2])[~near].any():
             raise UserError(f"--export: onnxruntime gives the scores {theirs[0]}, torch {ours[0]}; nothing is written")

@@ -56,10 +56,11 @@ def load_inputs(
     experiment, encode, backbone = prepare(experiment, data_dir)
     classifier, cvae, origins = load_networks(experiment, paths, device)
     made = {"the classifier": origins["train_classifier"], "the CVAE": origins["train_cvae"]}
+    checksum = weights_checksum(backbone) if backbone else None
     for name, origin in made.items():
-        if backbone and origin.get("backbone", (checksum := weights_checksum(backbone))) != checksum:
+        if origin.get("backbone", checksum) != checksum:
             raise UserError(
-                f"{name} was trained on the features of other weights of {experiment.task.backbone.name}: give the "
+                f"{name} was trained on the features of other weights of the backbone: give the "
                 "same --backbone-weights, or train it again with --restart"
             )
     data = load_data(experiment, ood_names, data_dir, made, device, lambda images: encode(images, precision, device))

@@ -109,6 +109,12 @@ def first_twin(folders: Sequence[Path]) -> tuple[Path, Path] | None:
     return None
 
 
+def overlap(one: Path, other: Path) -> bool:
+    """Whether two folders are the same, or one lies in the other."""
+    one, other = one.resolve(), other.resolve()
+    return one.is_relative_to(other) or other.is_relative_to(one)
+
+
 def with_ood_folders(task: Task, ood_dirs: Sequence[Path]) -> Task:
     """The task with further OOD sets, each named after its folder.
 
@@ -120,9 +126,10 @@ def with_ood_folders(task: Task, ood_dirs: Sequence[Path]) -> Task:
         name = printable(folder.resolve().name)
         if not folder.is_dir():
             raise UserError(f"--ood-dir {folder}: no such folder; expected a folder of images")
-        for root in (known.root for known in task.folders.values() if known.classes):
-            if (resolved := folder.resolve()).is_relative_to(root.resolve()) or root.resolve().is_relative_to(resolved):
-                raise UserError(f"--ood-dir {folder}: holds IND images, those of {root}; name a folder of other images")
+        for known in (known for known in task.folders.values() if known.classes):
+            for images in (known.root / split for split in ("train", "test")):
+                if overlap(folder, images):
+                    raise UserError(f"--ood-dir {folder}: holds IND images of {images}; name a folder of other images")
         if name in RESERVED:
             raise UserError(f"--ood-dir {folder}: the name {name} is reserved by results or options; rename the folder")
         if name in folders or name == task.dataset or name in task.ood_datasets:

@@ -257,10 +257,15 @@ class Experiment:
         return tuple(folder.classes[k] for k in self.classes) if folder else self.classes
 
     @property
+    def task_options(self) -> tuple[str, ...]:
+        """Of the command line, by which the task is chosen."""
+        return self.task.options or ("--task", self.name)
+
+    @property
     def options(self) -> tuple[str, ...]:
         """Of the command line, by which it is chosen."""
         which = ("--partition", self.partition) if len(self.task.partitions) > 1 else ()
-        return (*(self.task.options or ("--task", self.name)), *which)
+        return (*self.task_options, *which)
 
     def with_networks(self, width: str | None) -> Experiment:
         """The same with networks of another width, a key of `WIDTHS`, of which its name tells; None: the task's own.
@@ -276,7 +281,7 @@ class Experiment:
                 f"--networks {width}: {self.name} has images of {task.image_size}x{task.image_size} pixels, and these "
                 "networks take 32x32; leave it out"
             )
-        options = (*(task.options or ("--task", self.name)), "--networks", width)
+        options = (*self.task_options, "--networks", width)
         return replace(self, name=f"{self.name}_{width}", task=replace(task, networks=WIDTHS[width], options=options))
 
     def with_backbone(self, backbone: BackboneChoice | None) -> Experiment:
@@ -284,7 +289,7 @@ class Experiment:
         if backbone is None:
             return self
         given = {"--backbone": backbone.name, "--backbone-weights": backbone.weights, "--image-size": backbone.size}
-        options = [*(self.task.options or ("--task", self.name))]
+        options = [*self.task_options]
         options += [word for flag, value in given.items() if value for word in (flag, str(value))]
         name = "_".join([self.name, re.sub(r"\W+", "-", backbone.name), *([str(backbone.size)] * bool(backbone.size))])
         task = replace(self.task, backbone=backbone, options=tuple(options), **OF_BACKBONES)
@@ -297,7 +302,7 @@ class Experiment:
             return self
         task = self.task
         epochs = task.epochs | {"train_cvae": task.feature_epochs}
-        options = (*(task.options or ("--task", self.name)), "--space", space)
+        options = (*self.task_options, "--space", space)
         fine_tuning = task.fine_tuning | {"sigma": FEATURE_SIGMA}
         changed = {"space": space, "epochs": epochs, "kl_weight": 1.0, "fine_tuning": fine_tuning, "options": options}
         return replace(self, task=replace(task, **changed))

@@ -16,11 +16,12 @@ import sys
 from pathlib import Path
 
 from PIL import Image
+from torch import Tensor
 
 import reproduce
 from cli.errors import run_command
 from cli.options import positive_int
-from datasets.datasetsHelper import Images, load_ind, load_ood
+from datasets.datasetsHelper import load_ind, load_ood
 from datasets.tasks import TASKS, Experiment
 
 OOD = ("CIFAR100", "SVHN")
@@ -43,11 +44,14 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     experiment = Experiment.of("different_dataset", TASKS["different_dataset"])
-    train, test = load_ind(experiment, args.data_dir)
-    for split, images, count in (("train", train, args.train), ("test", test, args.test)):
-        write(images, count, args.folder / "cifar10" / split)
+    for split, images, count in zip(
+        ("train", "test"), load_ind(experiment, args.data_dir), (args.train, args.test), strict=True
+    ):
+        for label in range(experiment.num_ind):
+            chosen = images.images[images.labels == label][: count // experiment.num_ind]
+            write(chosen, args.folder / "cifar10" / split / f"class{label}")
     for name in OOD:
-        write(load_ood(experiment, name, args.data_dir)[: args.test], args.test, args.folder / name)
+        write(load_ood(experiment, name, args.data_dir)[: args.test], args.folder / name)
     argv = ["--task", "custom", "--ind-dir", str(args.folder / "cifar10")]
     for folder in (*(args.folder / name for name in OOD), *args.ood_dir):
         argv += ["--ood-dir", str(folder)]
@@ -57,20 +61,11 @@ def main(args: argparse.Namespace) -> int:
     return run_command(reproduce.main, reproduce.get_parser(), argv)
 
 
-def write(images: Images, count: int, folder: Path) -> None:
-    """Write the first `count` images, of each class as many, as folder/CLASS/NUMBER.png, or without labels in it."""
-    labels = getattr(images, "labels", None)
-    pixels = images if labels is None else images.images
-    classes = 1 if labels is None else int(labels.max()) + 1
-    written = [0] * classes
-    for number, image in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
-        label = 0 if labels is None else int(labels[number])
-        if written[label] >= count // classes:
-            continue
-        written[label] += 1
-        place = folder if labels is None else folder / f"class{label}"
-        place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(place / f"{number}.png")
+def write(images: Tensor, folder: Path) -> None:
+    """Write images, uint8 [N, 3, S, S], as folder/NUMBER.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(image).save(folder / f"{number}.png")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ class Backbone(nn.Module):
         size: side in pixels to which images of another size are brought.
         mean, std: of the three channels, by which images are normalised.
         interpolation: "bilinear" or "bicubic".
+
+    Attributes:
+        name: under which it is found again; `training.backbone.load_backbone` sets it.
     """
 
     def __init__(
@@ -27,6 +30,7 @@ class Backbone(nn.Module):
     ):
         super().__init__()
         self.network, self.size, self.interpolation = network, size, interpolation
+        self.name = ""
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])
 

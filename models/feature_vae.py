@@ -32,6 +32,9 @@ class FeatureCVAE(ClassConditionalVAE):
         self.decoder = nn.Sequential(*two_layers(2 * z_dim), nn.Linear(HIDDEN, features))
         self.class_embed = nn.Linear(class_num, z_dim)
 
+    def measured(self, features: Tensor) -> Tensor:
+        return self.standardise(features)
+
     def encode(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """[B, F] -> mean and log-variance of q(z | features), each [B, z_dim]."""
         hidden = self.encoder(self.standardise(features))

@@ -32,13 +32,18 @@ def for_inference(network: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def in_chunks(
-    function: Callable[..., Tensor], inputs: Tensor, precision: str, progress: Progress | None = None
+    function: Callable[..., Tensor],
+    inputs: Tensor,
+    precision: str,
+    progress: Progress | None = None,
+    device: torch.device | None = None,
 ) -> Tensor:
-    """`function` of consecutive chunks of `inputs` under autocast, as one fp32 tensor."""
-    outputs = []
-    with autocast(inputs.device, precision):
-        for part in inputs.split(CHUNK[inputs.device.type]):
-            outputs.append(function(part).float())
+    """`function` of consecutive chunks of `inputs` under autocast, as one fp32 tensor; on `device`, to which the chunks
+    are brought, or where `inputs` is."""
+    outputs, device = [], device or inputs.device
+    with autocast(device, precision):
+        for part in inputs.split(CHUNK[device.type]):
+            outputs.append(function(part.to(device)).float())
             if progress:
                 progress.advance(len(part))
     return torch.cat(outputs)

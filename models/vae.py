@@ -105,6 +105,10 @@ class ClassConditionalVAE(nn.Module):
         """[B] class numbers -> [B, z_dim]."""
         return self.class_embed(F.one_hot(labels, self.class_num).to(self.class_embed.weight.dtype))
 
+    def measured(self, inputs: Tensor) -> Tensor:
+        """Inputs or reconstructions [B, …] in the scale in which they are compared: as they are, or the subclass's."""
+        return inputs
+
     def forward(self, inputs: Tensor, labels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstructions [B, …], means and log-variances [B, z_dim], with z = mean + noise * exp(logvar / 2)."""
         mean, logvar = self.encode(inputs)

@@ -19,9 +19,10 @@ import threading
 import time
 import traceback
 import zipfile
-import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from PIL import Image
 
 from cli.errors import Stopped, UserError, run_command
 from cli.files import fits, read_json, write_json
@@ -67,7 +68,7 @@ class Step:
         if path.suffix in ARCHIVES:
             return zipfile.is_zipfile(path)
         if path.suffix == ".png":
-            return is_whole_png(path.read_bytes())
+            return is_whole_picture(path)
         try:
             RESULT_READERS.get(self.module, os.stat)(path)
         except (OSError, UserError):
@@ -133,16 +134,14 @@ class Job:
         return len(self.records()) == len(self.steps)
 
 
-def is_whole_png(content: bytes) -> bool:
-    """Whether it consists of the format's chunks, each with its checksum, up to the last."""
-    start, name = 8, b""
-    while content.startswith(b"\x89PNG\r\n\x1a\n") and len(content) >= start + 12:
-        end = start + 8 + int.from_bytes(content[start : start + 4], "big")
-        name, checksum = content[start + 4 : start + 8], int.from_bytes(content[end : end + 4], "big")
-        if zlib.crc32(content[start + 4 : end]) != checksum:
-            return False
-        start = end + 4
-    return name == b"IEND" and start == len(content)
+def is_whole_picture(path: Path) -> bool:
+    """Whether a picture's parts have their checksums, up to the last."""
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except Exception:  # Pillow lets through whatever a damaged file makes its readers stumble over
+        return False
+    return True
 
 
 def read_job(folder: Path) -> Job:

@@ -23,12 +23,13 @@ import figure.samples
 import predict
 import reproduce
 import train
-from cli.errors import UserError, run_command
+from cli.errors import UserError
 from datasets.tasks import BackboneChoice
 from models.backbone import Backbone, without_classifier
 from models.layers import Standardise
 from reproduction import launchers
 from tests import tiny_backbone
+from tests.commands import error_of, run
 from tests.test_reproduce import run_here
 from training import backbone as backbones
 from training.backbone import load_backbone
@@ -194,10 +195,6 @@ def photos(tmp_path_factory) -> Path:
     return folder
 
 
-def run(command, *argv: object) -> int:
-    return run_command(command.main, command.get_parser(), [str(word) for word in argv])
-
-
 def options(photos: Path, name: str = TINY) -> list[object]:
     task = ["--task", "custom", "--ind-dir", photos / "birds", "--backbone", name]
     return [*task, "--data-dir", "data", "--device", "cpu", "--precision", "fp32"]
@@ -258,14 +255,6 @@ def test_reproduce_does_it_all(photos, tmp_path, monkeypatch):
     assert {row["method"] for row in table["detection"]} == {"CMG-energy", "CMG-softmax", "MSP", "energy"}
 
 
-def error_of(capsys, command, *argv: object) -> str:
-    capsys.readouterr()
-    assert run(command, *argv) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    return error
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -301,7 +290,7 @@ def test_networks_on_other_weights_are_refused(photos, tmp_path, monkeypatch, ca
     of += ["--backbone-weights", "w.pt"]
     assert "made with other options (backbone was" in error_of(capsys, train, *of, "--epochs", 1)
     error = error_of(capsys, evaluate, *of, "--ood-dir", photos / "insects")
-    assert "the classifier was trained on the features of other weights of tests.tiny_backbone:tiny" in error
+    assert "the classifier was trained on the features of other weights of the backbone" in error
 
 
 def test_a_detector_whose_package_is_missing(photos, tmp_path, monkeypatch, capsys):
@@ -315,6 +304,13 @@ def test_a_detector_whose_package_is_missing(photos, tmp_path, monkeypatch, caps
     assert "no_such_package is not installed or not found" in error_of(
         capsys, predict, "--detector", "e.pt", photos / "insects"
     )
+    save_checkpoint(Path("g.pt"), content | {"detector": content["detector"] | {"backbone": 5}})
+    error = error_of(capsys, predict, "--detector", "g.pt", photos / "insects")
+    assert "g.pt: its classes, score and threshold do not go with its network" in error
+    content["backbone"]["network.0.bias"][0] = torch.nan
+    save_checkpoint(Path("h.pt"), content)
+    error = error_of(capsys, predict, "--detector", "h.pt", photos / "insects")
+    assert "h.pt: 1 of the 8 values of network.0.bias are not finite" in error
     save_checkpoint(Path("f.pt"), content | {"backbone": {}})
     error = error_of(capsys, predict, "--detector", "f.pt", photos / "insects")
     assert re.search(r"f\.pt: is not the backbone tests\.tiny_backbone:tiny \(lacks mean", error)

@@ -380,7 +380,7 @@ def not_plain(state: dict) -> dict:
         (too_large, "classifier.fc2.bias holds numbers too large for torch.float32"),
         (of_itself, "is not the classifier"),
         (not_plain, "what it says of how it was made is damaged"),
-        (lambda state: {"standardise.std": torch.zeros(3)}, "standardise.std holds deviations that are not above 0"),
+        (lambda state: {"convE.std": torch.zeros(3)}, "convE.std holds deviations that are not above 0"),
     ],
 )
 def test_checkpoints_that_are_not_what_they_seem(tmp_path, spoiled, message):

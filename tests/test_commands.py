@@ -37,6 +37,7 @@ from evaluation.plots import tile
 from figure import samples
 from reproduction import ablations
 from tests import tiny_data
+from tests.commands import error_of, run
 from training.config import LoopConfig, RunOptions, TrainingOptions
 from utils import generator, load_checkpoint, save_checkpoint
 
@@ -89,22 +90,6 @@ def digits(trained, workplace):
 
 
 SETS = ("IND test", "held-out-classes", "pseudo-OOD")
-
-
-def run(command, *argv: object) -> int:
-    return run_command(command.main, command.get_parser(), [str(word) for word in argv])
-
-
-def error_of(capsys, command, *argv: object) -> str:
-    """The one line on which a command that must fail says why."""
-    try:
-        status = run(command, *argv)
-    except SystemExit as exit:  # of argparse
-        status = exit.code
-    error = capsys.readouterr().err
-    assert status == 2
-    assert error.startswith(f"{command.get_parser().prog}: error: ") and error.count("\n") == 1
-    return error.rstrip("\n")
 
 
 # --- end to end ---------------------------------------------------------------------------------

@@ -245,8 +245,10 @@ def test_networks_of_another_width_than_the_tasks_own_have_another_name(task, wi
 
 def test_ind_images_are_no_ood_images_and_training_images_no_test_images(birds, tmp_path):
     for folder in (birds / "test", birds / "train" / next((birds / "train").iterdir()).name, birds, birds.parent):
-        with pytest.raises(UserError, match="holds IND images, those of .*; name a folder of other images"):
+        with pytest.raises(UserError, match="holds IND images of .*; name a folder of other images"):
             custom_task(birds, [folder])
+    (birds / "ood").mkdir()  # beside train and test is as good a place as any
+    assert custom_task(birds, [birds / "ood"]).ood_datasets == ("ood",)
     shutil.rmtree(birds / "test")
     (birds / "test").symlink_to("train")
     with pytest.raises(UserError, match="train and test are the same folder; expected other images in each"):

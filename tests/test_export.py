@@ -29,11 +29,10 @@ def detector_of(family: str, size: int, channels: int, score: str, tune: str = "
     torch.manual_seed(0)
     model = MainModel(size, channels, 5, family).eval()
     config = FineTuneConfig(num_ind=3, sigma=1.0, score=score, tune=tune)
-    detector = CMGDetector(model, None, config, classes=["a", "b", "c"])
+    backbone = load_backbone(BackboneChoice(TINY)) if family == "features" else None
+    detector = CMGDetector(model, None, config, classes=["a", "b", "c"], backbone=backbone)
     tuned = model.classifier if tune == "head" else model.classifier.fc2
     detector.adopt({name: p.detach().clone() for name, p in tuned.named_parameters()})
-    if family == "features":
-        detector.backbone, detector.backbone_name = load_backbone(BackboneChoice(TINY)), TINY
     images = noise(64, detector) / 255
     return detector.calibrate(detector.features(images)[:32], "noise")
 

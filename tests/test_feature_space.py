@@ -17,7 +17,6 @@ import eval as evaluate
 import figure.samples
 import reproduce
 import train
-from cli.errors import run_command
 from cmg.config import FineTuneConfig
 from cmg.pseudo_ood import PseudoOOD, decode, draw_codes
 from cmg.stage2 import Stage2, split_model
@@ -25,10 +24,11 @@ from datasets.datasetsHelper import Images
 from datasets.tasks import TASKS, Experiment
 from models.feature_vae import FeatureCVAE
 from reproduction import ablations, launchers
+from tests.commands import error_of, run
 from tests.test_reproduce import run_here
 from training.stages import STAGES
-from training.train_cvae import kl_divergence
-from training.train_feature_cvae import FeatureCVAEObjective, evaluate_feature_cvae, little_explained
+from training.train_cvae import CVAEObjective, kl_divergence
+from training.train_feature_cvae import evaluate_feature_cvae, little_explained
 from utils import generator, load_checkpoint
 
 CONFIG = FineTuneConfig(num_ind=6, sigma=2.0)
@@ -63,7 +63,7 @@ def test_features_that_do_not_vary_are_explained_to_no_part(vae):
 def test_the_loss_is_of_standardised_features(vae):
     features, labels, noise = torch.randn(9, 128) * 4 + 1, torch.arange(9) % 6, torch.randn(9, 32)
     vae.standardise.fit(features)
-    found = FeatureCVAEObjective(kl_weight=0.5)(vae, features, labels, noise)
+    found = CVAEObjective(kl_weight=0.5)(vae, features, labels, noise)
     made, mean, logvar = vae(features, labels, noise)
     mse = F.mse_loss(vae.standardise(made), vae.standardise(features))
     expected = mse + 0.5 * kl_divergence(mean, logvar).mean() / 128
@@ -125,18 +125,6 @@ def test_an_experiment_in_feature_space_has_values_of_its_own():
 # --- commands -----------------------------------------------------------------------------------
 
 
-def run(command, *argv: object) -> int:
-    return run_command(command.main, command.get_parser(), [str(word) for word in argv])
-
-
-def failing(capsys, command, *argv: object) -> str:
-    capsys.readouterr()
-    assert run(command, *argv) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    return error
-
-
 SHORT = ("--epochs", 1, "--lr", "1e-6")  # too short to explain anything
 
 
@@ -152,7 +140,7 @@ FEATURES = ("--command", "train_cvae", "--space", "features", "--device", "cpu")
 def test_from_images_to_metrics(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     expected = "ckpt/same_dataset_digits_partition1_classifier.pkl: no such file; it should hold the classifier of"
-    assert expected in failing(capsys, train, *FEATURES)
+    assert expected in error_of(capsys, train, *FEATURES)
     assert run(train, "--epochs", 2, "--device", "cpu") == 0
     assert run(train, *FEATURES, *SHORT) == 0
     out = capsys.readouterr().out
@@ -167,16 +155,16 @@ def test_from_images_to_metrics(tmp_path, monkeypatch, capsys):
     assert results["config"]["sigma"] == 2.0 and results["command"].startswith("python -m eval --space features")
     assert results["checkpoints"]["train_cvae"]["origin"]["space"] == "features"
 
-    assert "--tune joint trains the whole classifier" in failing(capsys, evaluate, *argv, "--tune", "joint")
-    assert "there are no images to draw" in failing(capsys, figure.samples, "--space", "features")
-    assert "is not the cvae of same_dataset_digits (lacks" in failing(
+    assert "--tune joint trains the whole classifier" in error_of(capsys, evaluate, *argv, "--tune", "joint")
+    assert "there are no images to draw" in error_of(capsys, figure.samples, "--space", "features")
+    assert "is not the cvae of same_dataset_digits (lacks" in error_of(
         capsys, evaluate, "--params-dict-name2", "ckpt/same_dataset_digits_partition1_cvae_features.pkl"
     )
     taken = "ckpt/same_dataset_digits_partition1_classifier.pkl"
     for output in (["--params-dict-name", taken, "--restart"], ["--params-dict-name", "x", "--log", taken]):
-        assert "it is read by this command; name another file" in failing(capsys, train, *FEATURES, *output)
+        assert "it is read by this command; name another file" in error_of(capsys, train, *FEATURES, *output)
     joint = ("--space", "features", "--device", "cpu", "--epochs", 1, "--variant=--tune joint", "--output", "a.json")
-    assert "--tune joint trains the whole classifier" in failing(capsys, ablations, *joint)
+    assert "--tune joint trains the whole classifier" in error_of(capsys, ablations, *joint)
     request, variants = ablations.read_arguments(parsed(ablations, "--space", "features"))
     assert "--tune joint" not in variants and "--tune joint" in ablations.read_arguments(parsed(ablations))[1]
 
@@ -185,12 +173,12 @@ def test_from_images_to_metrics(tmp_path, monkeypatch, capsys):
     assert (
         run(train, "--epochs", 1, "--seed", 5, "--params-dict-name", "other.pkl", "--restart", "--device", "cpu") == 0
     )
-    error = failing(capsys, evaluate, *argv, "--params-dict-name", "other.pkl")
-    assert error.endswith("--command train_cvae --restart --classifier other.pkl\n")
+    error = error_of(capsys, evaluate, *argv, "--params-dict-name", "other.pkl")
+    assert error.endswith("--command train_cvae --restart --classifier other.pkl")
     assert run(train, "--epochs", 1, "--restart", "--device", "cpu") == 0
-    error = failing(capsys, evaluate, *argv)
+    error = error_of(capsys, evaluate, *argv)
     assert "was trained on the features of another classifier than" in error and "--space features" in error
-    assert "made with other options (classifier was" in failing(capsys, train, *FEATURES, *SHORT)
+    assert "made with other options (classifier was" in error_of(capsys, train, *FEATURES, *SHORT)
 
 
 def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, monkeypatch, capsys):
@@ -198,7 +186,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, monkeypatch, capsys):
     assert run(train, "--epochs", 1, "--device", "cpu") == 0
     stage, steps = STAGES["train_feature_cvae"], iter(range(10**6))
 
-    class Interrupted(FeatureCVAEObjective):
+    class Interrupted(CVAEObjective):
         def __call__(self, *args):
             if next(steps) == 15:
                 os.kill(os.getpid(), signal.SIGTERM)

@@ -237,6 +237,7 @@ NOT_OF_THIS = "is not a state of this training ("
         (lambda state: state | {"step": True}, NO_STATE),
         (lambda state: state | {"step": state["step"] + 1}, NOT_OF_THIS),
         (lambda state: state | {"identity": {1: torch.zeros(2)}}, NO_STATE),
+        (lambda state: state | {"identity": ["seed", 1]}, NO_STATE),
         (lambda state: state | {"losses": [torch.zeros(2)]}, NO_STATE),
         (lambda state: state | {"sums": {"loss": torch.zeros(2)}}, NO_STATE),
         (without("sums"), NO_STATE),

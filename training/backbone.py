@@ -37,8 +37,7 @@ def load_backbone(choice: BackboneChoice, pretrained: bool = True) -> Backbone:
     """
     make = from_function if ":" in choice.name else from_torchvision if is_torchvision(choice.name) else from_timm
     backbone = make(choice, pretrained)
-    if choice.size:
-        backbone.size = choice.size
+    backbone.name, backbone.size = choice.name, choice.size or backbone.size
     return backbone.eval().requires_grad_(False)
 
 
@@ -139,8 +138,8 @@ def prepare(experiment: Experiment, data_dir: Path) -> tuple[Experiment, Encode,
     if choice is None:
         return experiment, lambda images, precision, device: images, None
     backbone = load_backbone(choice).to(memory_format=torch.channels_last)
-    count = features_of(backbone, torch.zeros(1, 3, backbone.size, backbone.size), choice.name).shape[1]
-    weights = hashlib.sha256(f"{choice.name} {backbone.size} {backbone.interpolation}".encode())
+    count = features_of(backbone, torch.zeros(1, 3, backbone.size, backbone.size)).shape[1]
+    weights = hashlib.sha256(f"{backbone.name} {backbone.size} {backbone.interpolation}".encode())
     for tensor in backbone.state_dict().values():
         weights.update(tensor.cpu().contiguous().numpy().tobytes())
 
@@ -152,37 +151,35 @@ def prepare(experiment: Experiment, data_dir: Path) -> tuple[Experiment, Encode,
         if (kept := read_features(path, len(images), count)) is not None:
             return kept
         backbone.to(device)
-        progress = Progress(len(images), choice.name)
+        progress = Progress(len(images), backbone.name)
         features = in_chunks(
-            lambda part: features_of(backbone, to_float(part.to(device)), choice.name), images, precision, progress
-        )
+            lambda part: features_of(backbone, to_float(part)), images, precision, progress, device
+        ).cpu()
         progress.close()
-        features = features.cpu()
         if bad := int((~features.flatten(1).isfinite().all(1)).sum()):
             raise UserError(
-                f"--backbone {choice.name}: the features of {bad} images are not finite; try --precision fp32"
+                f"--backbone {backbone.name}: the features of {bad} images are not finite; try --precision fp32"
             )
         save_checkpoint(path, {"features": features})
         return features
 
-    choice = replace(choice, size=backbone.size)
-    task = replace(experiment.task, image_channels=count, image_size=1, backbone=choice)
+    resolved = replace(choice, size=backbone.size)
+    task = replace(experiment.task, image_channels=count, image_size=1, backbone=resolved)
     return replace(experiment, task=task), encode, backbone
 
 
-def features_of(backbone: Backbone, images: Tensor, name: str) -> Tensor:
+def features_of(backbone: Backbone, images: Tensor) -> Tensor:
     """[B, C, H, W] -> [B, F, 1, 1]. Raises `UserError` where the network does not take them."""
     try:
-        features = backbone(images)
+        return backbone(images)
     except (RuntimeError, ValueError, AssertionError) as error:
         if "memory" in str(error):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"--backbone {name}: does not take images of {backbone.size}x{backbone.size} pixels ({reason}); name "
-            "another --image-size"
+            f"--backbone {backbone.name}: does not take images of {backbone.size}x{backbone.size} pixels ({reason}); "
+            "name another --image-size"
         ) from None
-    return features
 
 
 def read_features(path: Path, rows: int, count: int) -> Tensor | None:

@@ -26,7 +26,7 @@ def is_number(value: object) -> bool:
 
 
 STATE = {
-    "identity": is_plain,
+    "identity": lambda value: isinstance(value, dict) and is_plain(value),
     "model": dict,
     "optimizer": dict,
     "step": lambda value: fits(value, int) and value >= 0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,19 +26,16 @@ from training.run_state import Recorder
 from utils import derive_seed, pick_precision
 
 
-def is_done(
-    path: Path, origin: dict, options: RunOptions, any_precision: bool, show: bool, reads: Sequence[Path] = ()
-) -> bool:
+def is_done(path: Path, origin: dict, options: RunOptions, any_precision: bool, show: bool) -> bool:
     """Whether `path` holds the result of this very run already (`show` says so); with --restart, forget it.
 
-    With `any_precision`, as --precision auto has it, a result in either will do. `reads` are files that the run reads.
+    With `any_precision`, as --precision auto has it, a result in either will do.
 
     Raises:
         UserError: it holds something else, which would be lost.
     """
     resume = resume_path(path)
     if options.restart:
-        check_outputs(path, resume, options.log, inputs=reads)
         resume.unlink(missing_ok=True)
         return False
     if os.path.exists(resume) or not os.path.isfile(path):  # unlike Path's, no errors where a name cannot be
@@ -118,8 +115,9 @@ def train(
         images, test_images = load_ind(experiment, machine.data_dir)
         images, _ = split_validation(images, training.what["val_fraction"])
         what = training.what | {"command": training.command, "data": fingerprint(images)}
-        any_precision = machine.precision == "auto"
-        if is_done(path, what | asdict(config), options, any_precision, processes.is_main, training.reads):
+        if options.restart:  # before anything is forgotten
+            check_outputs(path, resume_path(path), options.log, inputs=training.reads)
+        if is_done(path, what | asdict(config), options, machine.precision == "auto", show=processes.is_main):
             return
         if training.whole_batches and 0 < len(images) % config.batch_size < processes.world:
             raise UserError(

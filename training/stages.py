@@ -12,12 +12,7 @@ from training.compact_cvae import compact, expand
 from training.loop import Objective
 from training.train_classifier import ClassifierObjective, build_classifier, evaluate_classifier
 from training.train_cvae import CVAEObjective, build_cvae, collapse_remark, evaluate_cvae
-from training.train_feature_cvae import (
-    FeatureCVAEObjective,
-    build_feature_cvae,
-    evaluate_feature_cvae,
-    little_explained,
-)
+from training.train_feature_cvae import build_feature_cvae, evaluate_feature_cvae, little_explained
 
 
 @dataclass(frozen=True)
@@ -40,21 +35,19 @@ class Stage:
     expand: Callable[[nn.Module], None] = lambda model: None
 
 
+def cvae_objective(task: Task) -> CVAEObjective:
+    return CVAEObjective(task.kl_weight)
+
+
 STAGES = {
     "train_classifier": Stage(build_classifier, lambda task: ClassifierObjective(task.augment), evaluate_classifier),
-    "train_cvae": Stage(
-        build_cvae, lambda task: CVAEObjective(task.kl_weight), evaluate_cvae, collapse_remark, compact, expand
-    ),
-    "train_feature_cvae": Stage(
-        build_feature_cvae,
-        lambda task: FeatureCVAEObjective(task.kl_weight),
-        evaluate_feature_cvae,
-        little_explained,
-    ),
+    "train_cvae": Stage(build_cvae, cvae_objective, evaluate_cvae, collapse_remark, compact, expand),
+    # What `train_cvae` is in feature space.
+    "train_feature_cvae": Stage(build_feature_cvae, cvae_objective, evaluate_feature_cvae, little_explained),
 }
 
 
 def stage_of(task: Task, command: str) -> Stage:
-    """What a training command trains for a task."""
+    """What a training command, a key of `COMMANDS`, trains for a task."""
     in_features = command == "train_cvae" and task.space == "features"
     return STAGES["train_feature_cvae" if in_features else command]

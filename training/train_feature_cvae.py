@@ -1,29 +1,27 @@
-"""Stage 1 in feature space: the conditional VAE of a frozen classifier's features, its loss and report."""
+"""Stage 1 in feature space: the conditional VAE of a frozen classifier's features. Its loss is that of images."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from datasets.datasetsHelper import Images, to_float
 from datasets.tasks import Task
 from models.feature_vae import FeatureCVAE
 from models.inference import for_inference, in_chunks
+from models.layers import EXTRACTORS, count_features
 from models.main_model import MainModel
-from training.train_classifier import build_classifier
-from training.train_cvae import Z_DIM, kl_divergence
+from training.train_cvae import Z_DIM, reconstruct
 
 LEAST_EXPLAINED = 0.75  # share of the variance of IND features below which what is made teaches little
 
 
 def build_feature_cvae(task: Task) -> FeatureCVAE:
     """The task's untrained CVAE of features."""
-    with torch.random.fork_rng(devices=[]):  # the classifier only tells how many features there are
-        features = build_classifier(task).classifier.fc1.in_features
+    with torch.random.fork_rng(devices=[]):  # the extractor only tells how many features there are
+        extractor = EXTRACTORS[task.networks](task.image_channels)
+    features = count_features(extractor, task.image_channels, task.image_size)
     return FeatureCVAE(features, Z_DIM, task.embedded_classes)
 
 
@@ -39,37 +37,15 @@ def encoder_of(classifier: MainModel) -> Callable[[Images, str, torch.device], I
     return encode
 
 
-@dataclass(frozen=True)
-class FeatureCVAEObjective:
-    """Mean squared error per standardised feature + kl_weight * KL / F, both averaged over the batch."""
-
-    kl_weight: float
-
-    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        return (torch.randn(count, Z_DIM, generator=generator),)
-
-    def __call__(self, model: nn.Module, features: Tensor, labels: Tensor, *draws: Tensor) -> dict[str, Tensor]:
-        reconstruction, mean, logvar = model(features, labels, *draws)
-        standardise = getattr(model, "module", model).standardise  # of a group of processes each has it within
-        mse = F.mse_loss(standardise(reconstruction.float()), standardise(features))
-        kl = kl_divergence(mean, logvar).mean()
-        return {"loss": mse + self.kl_weight * kl / features.shape[1], "mse": mse, "kl_nats": kl}
-
-
 def evaluate_feature_cvae(model: FeatureCVAE, data: Images, num_ind: int, precision: str) -> dict[str, float]:
     """Share of the variance of features [N, F] that decoding the posterior's mean explains, and KL per feature vector.
 
     The variance is about the mean of the IND training features, each feature divided by its standard deviation there.
     """
-    with torch.no_grad():
-        statistics = in_chunks(lambda part: torch.cat(model.encode(part), 1), data.images, precision)
-        mean, logvar = statistics.chunk(2, dim=1)
-        latents = torch.cat([mean, model.embed(data.labels)], 1)
-        made = in_chunks(lambda part: model.decode(*part.chunk(2, 1)), latents, precision)
-        target = model.standardise(data.images)
-        left, variance = (part.square().sum().item() for part in (model.standardise(made) - target, target))
-    explained = 1 - left / variance if variance else 0.0  # all alike: there is nothing to explain
-    return {"explained": explained, "kl_nats": kl_divergence(mean, logvar).mean().item()}
+    made, kl = reconstruct(model, data, precision)
+    target = model.measured(data.images)
+    left, variance = (part.square().sum().item() for part in (model.measured(made) - target, target))
+    return {"explained": 1 - left / variance if variance else 0.0, "kl_nats": kl}  # 0: all alike, nothing to explain
 
 
 def little_explained(metrics: dict[str, float]) -> str:
