@@ -45,15 +45,13 @@ def get_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> int:
     if args.export and args.images:
         raise UserError("--export writes the detector and judges no images; leave one of them out")
-    if args.export:
-        from cmg.export import export_detector
-
-        return export_detector(args.detector, args.export)
-    if not args.images:
+    if not args.images and not args.export:
         raise UserError("name images or folders to judge, or --export FILE.onnx")
-    from cmg.predict import predict
+    from cmg import export, predict
 
-    return predict(args.images, args.detector, args.csv, args.batch_size, args.device, args.precision)
+    if args.export:
+        return export.export_detector(args.detector, args.export)
+    return predict.predict(args.images, args.detector, args.csv, args.batch_size, args.device, args.precision)
 
 
 if __name__ == "__main__":

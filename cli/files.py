@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -58,6 +59,23 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def kind_of(entry: os.DirEntry | Path) -> str:
+    """ "folder", "file", "pipe", "socket" or "device", through links. Raises `OSError`, as for a link to nowhere."""
+    if isinstance(entry, os.DirEntry) and not entry.is_symlink():  # known without asking the system
+        if entry.is_file():
+            return "file"
+        if entry.is_dir():
+            return "folder"
+    mode = entry.stat().st_mode
+    kinds = {"file": stat.S_ISREG, "folder": stat.S_ISDIR, "pipe": stat.S_ISFIFO, "socket": stat.S_ISSOCK}
+    return next((kind for kind, is_one in kinds.items() if is_one(mode)), "device")
+
+
+def unreadable(path: Path, error: OSError) -> str:
+    """The complaint about a file or folder that the system does not let us read."""
+    return f"{path}: cannot be read ({error.strerror or error}). Make it readable or remove it"
 
 
 def check_writable(path: Path, room: int = 0) -> None:

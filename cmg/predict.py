@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 
 from cli.errors import UserError, complain, printable
-from cli.files import check_outputs, replacing
+from cli.files import check_outputs, kind_of, replacing
 from cli.progress import Progress, counted
 from cmg.detector import CMGDetector
 from datasets.datasetsHelper import to_float
-from datasets.folders import Chunk, kind_of, no_images, read_chunks, search
+from datasets.folders import Chunk, no_images, read_chunks, search
 from evaluation.report import align
 from models.inference import CHUNK
 from utils import autocast, start_computing

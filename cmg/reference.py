@@ -8,9 +8,10 @@
         decode: x' = decoder(z, mixed embedding)
         one Adam step of the head on loss(head(extractor(x)), y, head(extractor(x')))
 
-Of the head's logits the first K are the IND classes, logit K is the OOD slot, the others are spare. Cross-entropy of
-IND images and the energies of the loss are over all of them, the pseudo-OOD term of CMG-softmax over the first K + 1;
-a score leaves the spare ones out. The paper has batches of 128 images, 15 epochs, a learning rate of 1e-4 and mu 0.1.
+Of the head's logits the first K are the IND classes, logit K is the OOD slot, the others are spare: the first public
+code gives every task of a kind as many. Cross-entropy of IND images and the energies of the loss are over all of them,
+the pseudo-OOD term of CMG-softmax over the first K + 1; a score leaves the spare ones out. The paper has batches of 128
+images, 15 epochs, a learning rate of 1e-4, mu 0.1, and sigma 3 for images of 28x28 pixels or 5 for those of 32x32.
 
 No real OOD image is used; OOD images are only scored. `cmg.engine` computes the same, for every mode and seed at once,
 in a fraction of the time: it encodes each real image once. The tests hold it to this file, draw for draw.
@@ -32,7 +33,8 @@ from models.main_model import MainModel
 from models.vae import ConditionalVAE
 from utils import generator
 
-# The options that this file knows; all others must have the method's value.
+# The options that this file knows; all others must have the method's value. The digits draw from a pool by default,
+# which is not the method's: give `pseudo_pool=0` for them.
 READS = ("num_ind", "sigma", "epochs", "batch_size", "learning_rate", "mu", "margins", "eval_every")
 
 
@@ -48,7 +50,8 @@ class Result(NamedTuple):
 
 
 def draw(count: int, num_ind: int, z_dim: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Random draws for `count` pseudo-OOD images: classes i and j [N], maybe alike, noise and coins [N, z_dim]."""
+    """Random draws for `count` pseudo-OOD images: classes i and j [N], which may be the same, noise and coins
+    [N, z_dim]."""
     i, j = torch.randint(num_ind, (2, count), generator=random)
     noise = torch.randn(count, z_dim, generator=random)
     coins = torch.rand(count, z_dim, generator=random) < 0.5
@@ -90,6 +93,7 @@ def energy_loss(
 def score(logits: Tensor, mode: str, num_ind: int) -> Tensor:
     """OOD score, larger meaning more likely OOD: [B, C] -> [B]. Spare logits are left out."""
     if mode == "CMG-softmax":
+        # In fp64: in fp32 the probabilities of confident images round to 0 and lose their order.
         return logits[:, : num_ind + 1].double().softmax(1)[:, num_ind]
     return energy(logits[:, :num_ind])
 
@@ -112,14 +116,16 @@ class Frozen(NamedTuple):
     @torch.no_grad()
     def pseudo_features(self, draws: tuple[Tensor, ...], start: int) -> Tensor:
         """Features of a batch of pseudo-OOD images, whose draws begin at row `start`."""
-        batch = (drawn[start : start + self.config.batch_size].to(device_of(self.cvae)) for drawn in draws)
-        return self.classifier.features(pseudo_ood(self.cvae, *batch, self.config.sigma))
+        stop, device = start + self.config.batch_size, device_of(self.cvae)
+        i, j, noise, coins = (drawn[start:stop].to(device) for drawn in draws)
+        return self.classifier.features(pseudo_ood(self.cvae, i, j, noise, coins, self.config.sigma))
 
 
 def margins(head: nn.Module, frozen: Frozen, images: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """m_in and m_out, taken once, before the first step: the 20th percentile of the energies of the IND training images
-    and the 80th of those of as many pseudo-OOD images."""
+    and the 80th of those of as many pseudo-OOD images. So four fifths of either kind are on the wrong side at first."""
     config, count, size = frozen.config, len(images), frozen.config.batch_size
+    # `generator` makes a stream of random numbers for each seed and purpose, so that none shifts another.
     draws = draw(count, config.num_ind, frozen.cvae.z_dim, generator(seed, "margins"))
     with torch.no_grad():
         ind = [energy(head(frozen.real_features(part))) for part in images.split(size)]
@@ -179,10 +185,8 @@ def reference(
             if step % config.eval_every == 0:
                 curve[step] = evaluate(head, frozen, test, ood, mode)
             rows = order[start : start + size]
-            ind_logits, pseudo_logits = (
-                head(frozen.real_features(images[rows])),
-                head(frozen.pseudo_features(draws, start)),
-            )
+            ind_logits = head(frozen.real_features(images[rows]))
+            pseudo_logits = head(frozen.pseudo_features(draws, start))
             if mode == "CMG-energy":
                 loss = energy_loss(ind_logits, labels[rows], pseudo_logits, m_in, m_out, config.mu)
             else:

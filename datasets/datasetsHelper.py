@@ -129,7 +129,7 @@ def split_validation(data: Images, fraction: float) -> tuple[Images, Images]:
 
 def read_digits(data_dir: Path, split: str) -> Images:
     """The 1,797 handwritten 8x8 digits that ship with scikit-learn; a third of each class is the test split."""
-    from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits  # takes a second, which other data sets do without
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()

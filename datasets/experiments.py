@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cli.errors import UserError, printable
+from cli.files import kind_of, unreadable
 from cli.options import positive_int
 from datasets.tasks import (
     CUSTOM,
@@ -83,8 +84,6 @@ def class_folders(folder: Path) -> tuple[str, ...]:
     Raises:
         UserError: it is not there, or what may be a class cannot be read, such as a link that leads nowhere.
     """
-    from datasets.folders import kind_of, unreadable  # and numpy with it, which --help does without
-
     try:
         paths = sorted(path for path in Path(folder).iterdir() if not path.name.startswith("."))
     except OSError as error:

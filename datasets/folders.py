@@ -10,7 +10,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-import stat
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cli.errors import UserError
-from cli.files import replacing
+from cli.files import kind_of, replacing, unreadable
 from cli.progress import Progress
 from datasets.decoding import PILLOW_MODES, SMALL, decode_image, decoded, to_array
 
@@ -82,23 +81,6 @@ def search(root: Path) -> Found:
 def _identity(path: Path) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_dev, status.st_ino
-
-
-def kind_of(entry: os.DirEntry | Path) -> str:
-    """ "folder", "file", "pipe", "socket" or "device", through links. Raises `OSError`, as for a link to nowhere."""
-    if isinstance(entry, os.DirEntry) and not entry.is_symlink():  # known without asking the system
-        if entry.is_file():
-            return "file"
-        if entry.is_dir():
-            return "folder"
-    mode = entry.stat().st_mode
-    kinds = {"file": stat.S_ISREG, "folder": stat.S_ISDIR, "pipe": stat.S_ISFIFO, "socket": stat.S_ISSOCK}
-    return next((kind for kind, is_one in kinds.items() if is_one(mode)), "device")
-
-
-def unreadable(path: Path, error: OSError) -> str:
-    """The complaint about a file or folder that the system does not let us read."""
-    return f"{path}: cannot be read ({error.strerror or error}). Make it readable or remove it"
 
 
 def list_images(root: Path) -> list[str]:

@@ -32,7 +32,7 @@ def detection_metrics(ind_scores: Tensor, ood_scores: Tensor) -> dict[str, float
     Raises:
         UserError: a score is no finite number.
     """
-    from sklearn.metrics import average_precision_score
+    from sklearn.metrics import average_precision_score  # takes a second, which training does without
 
     scores, labels = _labelled(ind_scores, ood_scores)
     is_ood, values = (labels < 0).cpu().numpy(), scores.double().cpu().numpy()

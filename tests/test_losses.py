@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from cmg.config import FineTuneConfig
 from cmg.losses import Margins, cross_entropy, energy_loss, find_margins, order_statistic, softmax_loss
+from models.vae import ClassConditionalVAE
 from training.train_cvae import CVAEObjective, kl_divergence
 
 
@@ -139,9 +140,10 @@ def test_kl_divergence_by_hand():
 def test_cvae_loss_is_mse_plus_weighted_kl_per_pixel():
     images = torch.full((2, 1, 4, 4), 255, dtype=torch.uint8)
 
-    def network(pixels, labels, noise):
-        return torch.full_like(pixels, 0.5), torch.full((2, 32), 1.0), torch.zeros(2, 32)
+    class Network(ClassConditionalVAE):
+        def forward(self, pixels, labels, noise):
+            return torch.full_like(pixels, 0.5), torch.full((2, 32), 1.0), torch.zeros(2, 32)
 
-    parts = CVAEObjective(kl_weight=0.5)(network, images, torch.tensor([0, 1]), torch.zeros(2, 32))
+    parts = CVAEObjective(kl_weight=0.5)(Network(), images, torch.tensor([0, 1]), torch.zeros(2, 32))
     assert parts["mse"].item() == 0.25 and parts["kl_nats"].item() == 16.0
     assert parts["loss"].item() == 0.25 + 0.5 * 16 / 16
