@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from cli.errors import UserError, run_command
@@ -101,12 +103,14 @@ def add_baselines_argument(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     from cmg.evaluate import evaluate
+    from datasets.obtain import files_read
 
     request = read_run(args)
     output = args.output or default_output(
         request, changed_options(args, get_parser(), NAMED, None if args.tune == JOINT else FineTuneConfig)
     )
-    check_outputs(output, args.save_scores, args.save_detector, inputs=request.paths.values())
+    images = partial(files_read, request.experiment, request.machine.data_dir, request.ood_names)
+    check_outputs(output, args.save_scores, args.save_detector, inputs=request.paths.values(), images=images)
     baselines = [] if args.baselines is None else list(dict.fromkeys(args.baselines)) or list(POST_HOC)
     evaluate(request, baselines, output, args.save_scores, args.save_detector)
 
@@ -115,8 +119,10 @@ def read_arguments(args: argparse.Namespace) -> Request:
     """Check the arguments before anything is loaded. Raises `UserError`."""
     experiment = experiment_from_arguments(args)
     modes = pick_all("--mode", args.mode, list(MODES), experiment.name)
-    ood_names = pick_all("--ood-dataset", args.ood_dataset, experiment.task.ood_datasets, experiment.name)
+    ood_names = pick_ood(args, experiment.name, experiment.task.ood_datasets)
     seeds = list(dict.fromkeys(args.seeds))
+    if args.tune == JOINT and not ood_names:
+        raise UserError(f"--tune joint: {experiment.name} has no OOD images; name a folder of them with --ood-dir DIR")
     check_joint(args.tune, experiment.task.space)
     if args.save_detector and args.tune == JOINT:
         raise UserError("--save-detector goes with --tune head or last-layer only; leave it out")
@@ -133,6 +139,12 @@ def read_arguments(args: argparse.Namespace) -> Request:
         Machine.of(args),
         args.argv,
     )
+
+
+def pick_ood(args: argparse.Namespace, task_name: str, known: Sequence[str]) -> list[str]:
+    """The OOD sets asked for, of those that the task has; none where it has none, and pseudo-OOD samples take their
+    place. Raises `UserError`."""
+    return pick_all("--ood-dataset", args.ood_dataset, known, task_name) if known or args.ood_dataset != ["all"] else []
 
 
 def check_joint(tune: str, space: str) -> None:

@@ -40,6 +40,7 @@ from datasets.experiments import (
     experiment_from_arguments,
     task_names,
 )
+from datasets.tasks import CUSTOM
 from reproduction import ablations
 from reproduction.jobs import Job, Step, last_line
 from training.config import LoopConfig, TrainingOptions
@@ -47,6 +48,7 @@ from training.config import LoopConfig, TrainingOptions
 MOST_SEEDS = 10_000  # more than anyone wants, and few enough to be listed
 ABLATION_SEEDS = ("1", "2", "3")
 DRAWN, ABLATED = "samples.png", "ablations.json"  # files of the first job
+DETECTOR = "detector.pt"  # the best one for the user's own images
 SHARED = (
     *("task", "networks", "space", "ind_dir", "ood_dir", "image_size", "grey", "backbone", "backbone_weights"),
     *("ood_dataset", "baselines", "device", "data_dir"),
@@ -130,7 +132,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    from reproduction import launchers, report, tables
+    from reproduction import best, launchers, report, tables
 
     start = time.monotonic()
     if args.slurm and args.launcher != "slurm":
@@ -178,8 +180,13 @@ def main(args: argparse.Namespace) -> None:
         }
         # The pictures of the first job are of the same networks as the first result only once it is done.
         made = {path.name: path for step in jobs[0].steps for path in step.outputs} if jobs[0].is_done else {}
-        print(f"\n{report.write_report(folder, about, results, made.get(DRAWN), made.get(ABLATED))}\n")
+        found = best.best_detector(tables.detection_summary(results))
+        table = report.write_report(folder, about, results, found.sentence, made.get(DRAWN), made.get(ABLATED))
+        print(f"\n{table}\n\n{found.sentence}")
         print(f"wrote {folder}/table.md, table.csv, table.json and report.html")
+        if args.task == CUSTOM and done[0] is jobs[0]:
+            detector = best.save_best(done[0], found.method, folder / DETECTOR)
+            print(f"wrote {folder / DETECTOR}, {found.method} on the networks of {done[0].name}: {detector.rule()}")
     if left and args.launcher == "local":
         raise UserError(
             f"{len(left)} of {len(jobs)} jobs failed: fix what their logs report and run the same command again"
@@ -192,7 +199,7 @@ def make_jobs(args: argparse.Namespace) -> tuple[str, list[Job]]:
     task_name, task = experiment.name, experiment.task
     partitions = pick_all("--partitions", args.partitions, list(task.partitions), task_name)
     modes = pick_all("--modes", args.modes, list(MODES), task_name)
-    ood_names = pick_all("--ood-dataset", args.ood_dataset, task.ood_datasets, task_name)
+    ood_names = eval.pick_ood(args, task_name, task.ood_datasets)
     in_features = task.space == "features"
     root = args.output or Path("results") / short_name(f"{task_name}{'_features' * in_features}")
     which = [*experiment.task_options]
@@ -223,7 +230,7 @@ def make_jobs(args: argparse.Namespace) -> tuple[str, list[Job]]:
                 classifier, cvae = steps
                 steps[1] = replace(cvae, argv=(*cvae.argv, "--classifier", str(networks["classifier"])))
             loaded = ("--params-dict-name", str(networks["classifier"]), "--params-dict-name2", str(networks["cvae"]))
-            tested = (*of_job, "--ood-dataset", *ood_names, "--mode", *modes, *loaded)
+            tested = (*of_job, *(("--ood-dataset", *ood_names) if ood_names else ()), "--mode", *modes, *loaded)
             result, scores = outputs(folder)
             options = ("--seeds", *map(str, tuning_seeds(seed, args.tuning_seeds)))
             options += ("--output", str(result), "--save-scores", str(scores))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from csi.options import add_csi_arguments, default_checkpoint, experiment_from_csi_arguments, root
@@ -59,6 +60,8 @@ def get_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     from csi.before_and_after import report_before_and_after
 
+    from datasets.obtain import files_read
+
     data = experiment_from_csi_arguments(args)
     data = replace(data, experiment=data.experiment.with_networks(args.networks))
     names = pick_all("--ood-dataset", args.ood_dataset, data.experiment.task.ood_datasets, data.name)
@@ -68,7 +71,8 @@ def main(args: argparse.Namespace) -> None:
     changed = changed_options(args, get_parser(), NAMED, FineTuneConfig)
     name = short_name(f"csi_cmg_{data.name}_seed{'-'.join(map(str, seeds))}{changed}")
     output = args.output or root() / "results" / f"{name}.json"
-    check_outputs(output, inputs=[csi_path, cvae_path])
+    images = partial(files_read, data.experiment, args.data_dir, names)
+    check_outputs(output, inputs=[csi_path, cvae_path], images=images)
     report_before_and_after(
         data,
         names,

@@ -10,7 +10,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -106,14 +106,23 @@ def check_writable(path: Path, room: int = 0) -> None:
         raise UserError(f"cannot write {path}: {needed}. Free some space or choose another disk")
 
 
-def check_outputs(*outputs: Path | None, inputs: Iterable[Path] = ()) -> None:
+def check_outputs(
+    *outputs: Path | None, inputs: Iterable[Path] = (), images: Callable[[], Iterable[Path]] = tuple
+) -> None:
     """`check_writable` of each file that a command will write.
 
+    Args:
+        inputs: files that it reads.
+        images: gives further ones, which may be many: only asked where an output is there already.
+
     Raises:
-        UserError: as that, or an output would take the place of another or of one of the `inputs`, which are read.
+        UserError: as that, or an output would take the place of another or of an input.
     """
+    outputs = [path for path in outputs if path]
     taken = {os.path.realpath(path): "is read by this command" for path in inputs}
-    for path in filter(None, outputs):
+    if any(map(os.path.isfile, outputs)):
+        taken |= {os.path.realpath(path): "is an image that this command reads" for path in images()}
+    for path in outputs:
         if reason := taken.get(os.path.realpath(path)):
             raise UserError(f"cannot write {path}: it {reason}; name another file")
         taken[os.path.realpath(path)] = "is another output already"

@@ -24,14 +24,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cli.errors import UserError
+from cli.files import fits
 from cli.options import DEFAULT_SEED
 from cmg.config import FineTuneConfig
 from cmg.data import FeatureBank
 from cmg.scores import SCORES
 from cmg.stage2 import TUNABLE, Stage2, split_model
 from datasets.tasks import BackboneChoice
+from evaluation.baselines import PostHoc, behind
+from evaluation.post_hoc import POST_HOC
 from models.backbone import Backbone
-from models.inference import for_inference
+from models.inference import CHUNK, for_inference
 from models.main_model import MainModel
 from models.vae import ClassConditionalVAE
 from training.backbone import load_backbone
@@ -54,7 +57,7 @@ class DetectorConfig:
         task: its name; empty for a detector made in Python.
         classes: the IND classes, in the order of the logits: their numbers or names in the data set.
         image_size, image_channels, logits, networks: of the classifier, as in `datasets.tasks.Task`.
-        score: a key of `SCORES`.
+        score: a key of `SCORES`, or of `POST_HOC`: a post-hoc detector of the pretrained classifier.
         threshold: images that score above it are OOD.
         precision: what the extractor ran in when the threshold was set; "auto" in files that do not tell.
         backbone, backbone_size: name and image size of the pre-trained network before the classifier, if there is one.
@@ -78,6 +81,12 @@ class DetectorConfig:
         """How an image is judged, in words."""
         accepted = f"{100 * ACCEPTED:.0f} % of the {self.threshold_from} images"
         return f"OOD above {self.threshold:.6g}, which {accepted} do not exceed"
+
+
+# What the fields of a file must be, beside the classes and the score.
+CONFIG = {"image_size": int, "image_channels": int, "logits": int, "backbone_size": int, "backbone": str}
+CONFIG |= {"threshold": lambda value: isinstance(value, float), "threshold_from": str}
+CONFIG |= {"precision": lambda value: value in ("auto", "fp32", "bf16")}
 
 
 class Encoder(nn.Module):
@@ -132,6 +141,7 @@ class CMGDetector(FeaturesDetector):
         self.backbone = backbone
         self.encoder = Encoder(self.model, config.tune, config.precision, backbone)
         self.head: nn.Module | None = None
+        self.post_hoc: PostHoc | None = None
         self.threshold, self.threshold_from = math.inf, ""
 
     # --- fitting ----------------------------------------------------------------------------------
@@ -175,6 +185,15 @@ class CMGDetector(FeaturesDetector):
         tuned = self.model.get_submodule(TUNABLE[self.finetuning.tune])
         tuned.load_state_dict(parameters)
         self.head = copy.deepcopy(tuned).requires_grad_(False)
+        return self
+
+    def adopt_post_hoc(self, name: str, features: Tensor, labels: Tensor) -> CMGDetector:
+        """Become the post-hoc detector `name` of `POST_HOC` on the pretrained classifier, without CMG, fitted on
+        features [N, F] of IND training images, as `encoder` gives them, and their labels [N]. The head must be tuned as
+        a whole, as in the method. Raises `ValueError` as `PostHoc.fit` does."""
+        self.adopt(self.model.classifier.state_dict())
+        hidden = behind(self.model, features)
+        self.post_hoc = PostHoc.fit(name, self.model, hidden, labels, self.finetuning.num_ind)
         return self
 
     def calibrate(self, features: Tensor, name: str) -> CMGDetector:
@@ -228,8 +247,14 @@ class CMGDetector(FeaturesDetector):
             raise RequiresFittingException()
         with autocast(features.device, "fp32"):
             logits = self.head(features)
+            hidden = self.model.classifier.hidden(features) if self.post_hoc else None
         num_ind = self.finetuning.num_ind
-        return SCORES[self.finetuning.score_of(self.mode)](logits, num_ind), logits[:, :num_ind].argmax(1)
+        if self.post_hoc:
+            scores = torch.cat([self.post_hoc.score(part) for part in hidden.cpu().split(CHUNK["cpu"])])
+            scores = scores.to(features.device)
+        else:
+            scores = SCORES[self.finetuning.score_of(self.mode)](logits, num_ind)
+        return scores, logits[:, :num_ind].argmax(1)
 
     # --- files ------------------------------------------------------------------------------------
 
@@ -242,7 +267,7 @@ class CMGDetector(FeaturesDetector):
             image_channels=self.model.image_channels,
             logits=self.model.classes,
             networks=self.model.dataset,
-            score=self.finetuning.score_of(self.mode),
+            score=self.post_hoc.name if self.post_hoc else self.finetuning.score_of(self.mode),
             threshold=self.threshold,
             threshold_from=self.threshold_from,
             precision=self.finetuning.precision,
@@ -262,6 +287,8 @@ class CMGDetector(FeaturesDetector):
         content = {"detector": asdict(self.config(task)), "model": state, "origin": origin or {}}
         if self.backbone is not None:
             content["backbone"] = {name: t.cpu().contiguous() for name, t in self.backbone.state_dict().items()}
+        if self.post_hoc:
+            content["fitted_on"] = {"features": self.post_hoc.features, "labels": self.post_hoc.labels}
         save_checkpoint(path, content)
 
     @classmethod
@@ -277,19 +304,21 @@ class CMGDetector(FeaturesDetector):
             score = FORMER_SCORES.get(config.score, config.score)
             model = MainModel(config.image_size, config.image_channels, config.logits, config.networks)
             state, of_backbone = dict(content["model"]), dict(content.get("backbone", {}))
+            fitted_on = dict(content.get("fitted_on", {}))
         except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError):
             raise UserError(f"{path}: is not a detector. {remedy}") from None
-        known = isinstance(config.classes, tuple | list) and score in SCORES and isinstance(config.threshold, float)
-        known = known and config.precision in ("auto", "fp32", "bf16") and isinstance(config.threshold_from, str)
-        known = known and isinstance(config.backbone, str) and isinstance(config.backbone_size, int)
-        if not known or not len(set(config.classes)) == len(config.classes) <= config.logits or not config.classes:
+        known = fits(asdict(config), CONFIG) and score in (*SCORES, *POST_HOC) and are_classes(config.classes)
+        if not known or len(config.classes) + (score == "ood-slot") > config.logits:
             raise UserError(f"{path}: its classes, score and threshold do not go with its network. {remedy}")
         check_values(path, state | {"the threshold": config.threshold}, remedy)
         check_values(path, of_backbone, remedy)
+        check_values(path, fitted_on, remedy)
         fill_network(path, state, model, "the network that this detector names", {}, remedy)
         precision = pick_precision(precision, device, config.precision)
         # No part of fine-tuning but the score is of any use to a detector that has been fitted.
-        finetuning = FineTuneConfig(num_ind=len(config.classes), sigma=1.0, score=score, precision=precision)
+        finetuning = FineTuneConfig(
+            num_ind=len(config.classes), sigma=1.0, score=score if score in SCORES else None, precision=precision
+        )
         backbone = None
         if config.backbone:
             backbone = load_backbone(BackboneChoice(config.backbone, size=config.backbone_size), pretrained=False)
@@ -298,9 +327,24 @@ class CMGDetector(FeaturesDetector):
         model.to(device, memory_format=torch.channels_last)
         detector = cls(model, None, finetuning, classes=config.classes, backbone=backbone)
         detector.threshold, detector.threshold_from = config.threshold, config.threshold_from
-        return detector.adopt(model.classifier.state_dict())
+        detector.adopt(model.classifier.state_dict())
+        if score in POST_HOC:
+            try:
+                detector.post_hoc = PostHoc.fit(score, detector.model, **fitted_on, num_ind=len(config.classes))
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{path}: does not hold what {score} is fitted on ({error}). {remedy}") from None
+        return detector
 
 
 def acceptance_threshold(ind_scores: Tensor) -> float:
     """The least score that at least 95 % of the [N] IND scores do not exceed."""
     return ind_scores.kthvalue(max(1, -int(-ACCEPTED * len(ind_scores) // 1))).values.item()
+
+
+def are_classes(names: object) -> bool:
+    """Whether these are numbers or names of classes, at least one and each once."""
+    return (
+        isinstance(names, tuple | list)
+        and all(fits(name, int) or isinstance(name, str) for name in names)
+        and 0 < len(names) == len(set(names))
+    )

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import torch
 
+from cli.errors import UserError
 from cli.files import write_json
 from cmg.config import Request, config_for
+from cmg.data import FeatureBank
 from cmg.detector import CMGDetector
 from cmg.results import Results, save_scores
-from cmg.stage2 import Stage2Inputs, load_inputs, run_stage2
+from cmg.stage2 import Stage2Inputs, load_inputs, run_stage2, split_model
 from datasets.datasetsHelper import Images
-from evaluation.report import format_ind_table, format_table, left_out
+from evaluation.report import NO_OOD, format_ind_table, format_table, left_out
 from training.train_feature_cvae import encoder_of, evaluate_feature_cvae, little_explained
 from utils import environment, pick_precision, start_computing
 
@@ -37,7 +39,7 @@ def evaluate(
     )
     tables = results.tables()
     about = describe("eval", request, inputs, device) | {"config": asdict(config)}
-    remark = ""
+    remarks = [] if inputs.data.ood else [NO_OOD]
     if inputs.cvae.makes == "features":
         test = inputs.data.test
         if config.tune == "head":
@@ -45,7 +47,7 @@ def evaluate(
         else:  # the bank holds what lies behind the extractor
             features = encoder_of(inputs.classifier)(test, config.precision, device)
         about["generator"] = evaluate_feature_cvae(inputs.cvae, features, config.num_ind, config.precision)
-        remark = little_explained(about["generator"])
+        remarks += filter(None, [little_explained(about["generator"])])
     write_json(output, about | tables)
     written = [str(output)]
     if scores:
@@ -56,8 +58,7 @@ def evaluate(
         made.save(detector, about, request.experiment.name)
         written.append(f"{detector}: {made.rule()}")
     print(f"\n{format_table(tables['detection'], left_out([tables]))}\n\n{format_ind_table(tables['ind'])}\n")
-    print(f"{remark}\n" * bool(remark), end="")
-    print("\n".join(f"wrote {one}" for one in written))
+    print("\n".join([*remarks, *(f"wrote {one}" for one in written)]))
 
 
 def load(request: Request, device: torch.device) -> Stage2Inputs:
@@ -91,6 +92,24 @@ def make_detector(inputs: Stage2Inputs, results: Results) -> CMGDetector:
     """The classifier with the head that the first run ended with, and the threshold that 95 % of the IND images kept
     from training, or where there are none of the IND test images, do not exceed."""
     run, bank, names = results.runs[0], results.bank, inputs.experiment.class_names
-    name, features = ("IND validation", bank.validation) if len(bank.validation) else ("IND test", bank.test)
     detector = CMGDetector(inputs.classifier, None, results.config, run.mode, run.seed, names, inputs.backbone)
-    return detector.adopt(run.last).calibrate(features, name)
+    return calibrated(detector.adopt(run.last), bank)
+
+
+def make_post_hoc(inputs: Stage2Inputs, precision: str, name: str) -> CMGDetector:
+    """The pretrained classifier under the post-hoc detector `name`, with the same threshold. Raises `UserError` where
+    it cannot be fitted."""
+    config, names = config_for(inputs.experiment, precision), inputs.experiment.class_names
+    detector = CMGDetector(inputs.classifier, None, config, classes=names, backbone=inputs.backbone)
+    # The backbone's part of the way is behind the images already.
+    bank = inputs.data.encode(split_model(detector.encoder.network, config.tune).features, precision)
+    try:
+        return calibrated(detector.adopt_post_hoc(name, bank.train, bank.train_labels), bank)
+    except ValueError as error:
+        raise UserError(f"no detector is saved: {error}") from None
+
+
+def calibrated(detector: CMGDetector, bank: FeatureBank) -> CMGDetector:
+    """With the threshold that the IND images kept from training set, or where there are none the IND test images."""
+    name, features = ("IND validation", bank.validation) if len(bank.validation) else ("IND test", bank.test)
+    return detector.calibrate(features, name)

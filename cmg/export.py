@@ -75,6 +75,10 @@ def export_onnx(detector: CMGDetector, path: Path) -> None:
 def export_detector(detector_path: Path, path: Path) -> int:
     """Write the detector in a file as ONNX and say so. Raises `UserError`."""
     detector = CMGDetector.load(detector_path, torch.device("cpu"), "fp32")
+    if detector.post_hoc:
+        raise UserError(
+            f"--export writes detectors of CMG, and {detector_path} scores with pytorch-ood's {detector.post_hoc.name}"
+        )
     export_onnx(detector, path)
     channels, size = detector.read_shape
     print(f"wrote {path}: uint8 [N, {channels}, {size}, {size}] -> {', '.join(OUTPUTS)}; {detector.rule()}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,7 +97,7 @@ def run_scores(
 ) -> list[Scored]:
     """A run's head after the last step and at the validated one; on request of new pseudo-OOD images too."""
     sets, scored, config = test_sets(bank), [], pseudo.config
-    if score_pseudo:
+    if score_pseudo and PSEUDO not in sets:
         sets[PSEUDO] = pseudo.encode(pseudo.draw(len(bank.test), generator(run.seed, "scored")))
     score = SCORES[config.score_of(run.mode)]
     for at, parameters in (("last", run.last), ("validated", run.validated)):
@@ -109,12 +109,16 @@ def run_scores(
 
 
 def compare(
-    classifier: MainModel, data: Stage2Data, config: FineTuneConfig, names: Sequence[str]
+    classifier: MainModel,
+    data: Stage2Data,
+    config: FineTuneConfig,
+    names: Sequence[str],
+    extracted: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[Scored], dict[str, str]]:
     """Post-hoc detectors on the pretrained classifier, but those that are shown always; and the reasons of those that
-    are left out, by name."""
+    are left out, by name. `extracted` are OOD sets of which there are no images, but the extractor's features."""
     sets = {IND_TEST: data.test.images} | data.ood
-    found, left_out = baseline_scores(classifier, data.train, sets, config.num_ind, config.precision, names)
+    found, left_out = baseline_scores(classifier, data.train, sets, config.num_ind, config.precision, names, extracted)
     compared = [Scored(name, None, PRETRAINED, None, found[name]) for name in found if name not in PRETRAINED_SCORES]
     return compared, left_out
 

@@ -18,6 +18,7 @@ from cmg.joint import train_jointly
 from cmg.pseudo_ood import PseudoOOD
 from cmg.results import Results, Scored, compare, pretrained_scores, run_scores
 from datasets.tasks import Experiment
+from evaluation.report import PSEUDO
 from models.backbone import Backbone
 from models.inference import for_inference
 from models.main_model import MainModel
@@ -25,6 +26,7 @@ from models.vae import ClassConditionalVAE
 from training.backbone import prepare
 from training.checkpoints import weights_checksum
 from training.networks import load_networks
+from utils import generator
 
 TUNABLE = {"head": "classifier", "last-layer": "classifier.fc2"}  # what --tune names -> submodule of MainModel
 
@@ -146,22 +148,37 @@ def run_stage2(
     it is "joint", train the task's classifier anew for each, see `cmg.joint`.
 
     Args:
-        score_pseudo: score as many new pseudo-OOD images as there are IND test images, too.
+        score_pseudo: score as many new pseudo-OOD images as there are IND test images, too. Where there are no OOD
+            images these take their place.
         baselines: post-hoc detectors to report beside it, of `evaluation.baselines.POST_HOC`.
         banks: keeps the features of the images, by what is split off and precision, from one call with the same
             inputs to the next.
     """
-    compared, left_out = compare(inputs.classifier, inputs.data, config, baselines) if baselines else ([], {})
     tune = "head" if config.tune == JOINT else config.tune
     stage2 = Stage2.of(split_model(for_inference(inputs.classifier), tune), inputs.cvae, config)
+    extracted = {} if inputs.data.ood else {PSEUDO: samples(inputs, config, seeds[0])}
+    compared, left_out = [], {}
+    if baselines:
+        compared, left_out = compare(inputs.classifier, inputs.data, config, baselines, extracted)
     banks, key = {} if banks is None else banks, (tune, config.precision)
     if key not in banks:
         banks[key] = stage2.encode(inputs.data)
+    bank = banks[key]
+    if extracted:
+        bank = replace(bank, ood={PSEUDO: split_model(inputs.classifier, tune).of_extracted(extracted[PSEUDO])})
     if config.tune != JOINT:
-        results = stage2.results(banks[key], modes, seeds, score_pseudo, compared)
+        results = stage2.results(bank, modes, seeds, score_pseudo, compared)
         return replace(results, left_out=left_out)
-    scored = [*pretrained_scores(stage2.head, banks[key]), *compared]
+    scored = [*pretrained_scores(stage2.head, bank), *compared]
     runs, more = train_jointly(
-        inputs.experiment.task, inputs.data, stage2.head, banks[key], stage2.pseudo, modes, seeds, score_pseudo
+        inputs.experiment.task, inputs.data, stage2.head, bank, stage2.pseudo, modes, seeds, score_pseudo
     )
-    return Results(scored + more, runs, banks[key], config, left_out)
+    return Results(scored + more, runs, bank, config, left_out)
+
+
+@torch.no_grad()
+def samples(inputs: Stage2Inputs, config: FineTuneConfig, seed: int) -> Tensor:
+    """What stands for OOD images where there are none: pseudo-OOD samples that fine-tuning does not see, as many as
+    there are IND test images; the extractor's features of them, [N, F]."""
+    pseudo = Stage2.of(split_model(for_inference(inputs.classifier), "head"), inputs.cvae, config).pseudo
+    return pseudo.encode(pseudo.draw(len(inputs.data.test), generator(seed, "scored")))

@@ -15,7 +15,7 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -25,9 +25,10 @@ import numpy as np
 from cli.errors import UserError
 from cli.files import write_json
 from datasets.archives import FetchError, digest, fetch, inner_folder, unpack
-from datasets.folders import IMAGE_SUFFIXES, forget_packed, list_images
+from datasets.folders import IMAGE_SUFFIXES, forget_packed, list_images, search
 from datasets.formats import Arrays, existing
 from datasets.sources import SOURCES, Download, Source
+from datasets.tasks import Experiment
 
 try:
     import fcntl
@@ -357,3 +358,16 @@ def _is_content(download: Download, folder: Path) -> bool:
     if download.contents:
         return all((folder / file).is_file() for file in download.files())
     return download.unpack and any(path.suffix.lower() in IMAGE_SUFFIXES for path in inner_folder(folder).iterdir())
+
+
+def files_read(experiment: Experiment, data_dir: Path, ood_names: Sequence[str] = ()) -> Iterator[Path]:
+    """The files of the images that an experiment reads, IND and those OOD sets, as far as they are there."""
+    task = experiment.task
+    for name in dict.fromkeys([task.dataset, *ood_names]):
+        if name in task.folders:
+            root = task.folders[name].root
+            yield from (root / image for image in search(root)[0])
+        for download in SOURCES[name].downloads if name in SOURCES else ():
+            target = data_dir / download.target
+            yield from (target, target.with_suffix(""))  # packed and unpacked
+            yield from (path for path in target.rglob("*") if path.is_file())

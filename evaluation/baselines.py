@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import pytorch_ood.detector
 import torch
@@ -24,6 +25,7 @@ def baseline_scores(
     num_ind: int,
     precision: str,
     names: Sequence[str] = tuple(POST_HOC),
+    extracted: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
     """OOD scores of the detectors called `names`, a larger score meaning more likely OOD.
 
@@ -32,6 +34,7 @@ def baseline_scores(
         train: the IND training images, uint8 [N, C, S, S], and labels 0 … num_ind - 1, of each at least one.
         images: sets of images to score by name, uint8 [M, C, S, S], on the device of the model.
         precision: "fp32" or "bf16", of the extractor.
+        extracted: sets of which there are no images, by name: features [M, F] as the extractor gives them.
 
     Returns:
         detector -> set -> scores [M] on the CPU; and each detector that is left out, since it fails on this classifier
@@ -40,17 +43,20 @@ def baseline_scores(
     with torch.no_grad():
         fitted_on = penultimate(model, train.images, precision)
         features = {name: penultimate(model, part, precision) for name, part in images.items()}
-        progress = Progress(len(names) * sum(map(len, images.values())), "baselines")
+        features |= {name: behind(model, part) for name, part in (extracted or {}).items()}
+        progress = Progress(len(names) * sum(map(len, features.values())), "baselines")
         scores, left_out = {}, {}
         for name in names:
             baseline = POST_HOC[name]
-            parts = parts_of(model, None if baseline.all_outputs else num_ind)
-            inputs = images if baseline.reads == "images" else features
+            of_images = baseline.reads == "images"
+            if of_images and extracted:
+                left_out[name] = f"since it reads images, and of {', '.join(extracted)} there are features only"
+                continue
+            parts, inputs = parts_of(model, baseline, num_ind), images if of_images else features
             try:
                 scores[name] = fit_and_score(baseline, parts, fitted_on, train.labels.cpu(), inputs, progress)
-            except (ArithmeticError, AssertionError, LookupError, MemoryError, RuntimeError, ValueError) as error:
-                reason = memory_shortage(error) or (str(error).splitlines() or [type(error).__name__])[0]
-                left_out[name] = reason.rstrip(". ")
+            except FAILURES as error:
+                left_out[name] = reason_of(error)
         progress.close()
     return scores, left_out
 
@@ -58,12 +64,27 @@ def baseline_scores(
 def penultimate(model: MainModel, images: Tensor, precision: str) -> Tensor:
     """What the last layer sees of uint8 images [N, C, S, S]: [N, 512], on the CPU; the head runs in fp32."""
     extracted = in_chunks(lambda part: model.features(to_float(part)), images, precision)
+    return behind(model, extracted)
+
+
+def behind(model: MainModel, extracted: Tensor) -> Tensor:
+    """The same of what the extractor gives, [N, F] -> [N, 512]."""
     return in_chunks(model.classifier.hidden, extracted, "fp32").cpu()
 
 
-def parts_of(model: MainModel, outputs: int | None) -> Parts:
-    """The parts of the classifier with its first `outputs` outputs, or with all (None)."""
-    last = model.classifier.fc2
+# A detector may fail on a classifier and its images in any of these ways.
+FAILURES = (ArithmeticError, AssertionError, LookupError, MemoryError, RuntimeError, ValueError)
+
+
+def reason_of(error: Exception) -> str:
+    """Why a detector cannot be used, on one line."""
+    reason = memory_shortage(error) or (str(error).splitlines() or [type(error).__name__])[0]
+    return reason.rstrip(". ")
+
+
+def parts_of(model: MainModel, baseline: Baseline, num_ind: int) -> Parts:
+    """The parts of the classifier with the outputs that a detector is to see."""
+    last, outputs = model.classifier.fc2, None if baseline.all_outputs else num_ind
     copy = nn.Linear(last.in_features, len(last.bias[:outputs])).requires_grad_(False)
     copy.weight.copy_(last.weight[:outputs])
     copy.bias.copy_(last.bias[:outputs])
@@ -83,6 +104,23 @@ def fit_and_score(
     Raises:
         ValueError: scores that are no numbers; and whatever the detector raises.
     """
+    of_batch = fit(baseline, parts, fitted_on, labels)
+
+    def score(part: Tensor) -> Tensor:
+        progress.advance(len(part), lambda: next(name for name, one in POST_HOC.items() if one is baseline))
+        return of_batch(part)
+
+    scores = {name: torch.cat([score(part) for part in batch.split(CHUNK["cpu"])]) for name, batch in inputs.items()}
+    for name, of_set in scores.items():
+        unscored = int((~of_set.isfinite()).sum())
+        if unscored:
+            raise ValueError(f"{unscored} of the {len(of_set)} images of {name} have a score that is not finite")
+    return scores
+
+
+def fit(baseline: Baseline, parts: Parts, fitted_on: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
+    """One detector, fitted on features [N, 512] and labels [N]: a function from features [B, 512], or uint8 images, to
+    scores [B] on the CPU. Raises whatever the detector raises, of `FAILURES`."""
     dtype = torch.float64 if baseline.double else torch.float32
     views = {
         "logits": lambda features: parts.last(features).double(),
@@ -97,17 +135,42 @@ def fit_and_score(
             getattr(detector, f"fit_{baseline.reads}")(view(fitted_on), labels)
     # Detectors by gradients have no more than `predict`.
     predict = getattr(detector, f"predict_{baseline.reads}", detector.predict)
+    return lambda part: predict(view(part)).cpu()
 
-    def score(part: Tensor) -> Tensor:
-        progress.advance(len(part), lambda: type(detector).__name__)
-        return predict(view(part)).cpu()
 
-    scores = {name: torch.cat([score(part) for part in batch.split(CHUNK["cpu"])]) for name, batch in inputs.items()}
-    for name, of_set in scores.items():
-        unscored = int((~of_set.isfinite()).sum())
-        if unscored:
-            raise ValueError(f"{unscored} of the {len(of_set)} images of {name} have a score that is not finite")
-    return scores
+class PostHoc(NamedTuple):
+    """A detector of `POST_HOC` that has been fitted, with what it was fitted on, so that it can be fitted again.
+
+    Attributes:
+        features, labels: of the IND training images, [N, 512] and [N], on the CPU.
+        score: features [B, 512] -> scores [B] on the CPU.
+    """
+
+    name: str
+    features: Tensor
+    labels: Tensor
+    score: Callable[[Tensor], Tensor]
+
+    @classmethod
+    @torch.no_grad()
+    def fit(cls, name: str, model: MainModel, features: Tensor, labels: Tensor, num_ind: int) -> PostHoc:
+        """Raises `ValueError`: it reads images, or it cannot be fitted on these features."""
+        baseline = POST_HOC[name]
+        if baseline.reads == "images":
+            raise ValueError(f"{name} reads images, not features")
+        if not (isinstance(features, Tensor) and isinstance(labels, Tensor)):
+            raise ValueError("its features and labels are no tensors")
+        features, labels = features.cpu(), labels.cpu()
+        width = model.classifier.fc2.in_features
+        if features.shape != (len(labels), width) or not features.is_floating_point():
+            raise ValueError(f"its features are {features.dtype} {list(features.shape)}, expected {width} an image")
+        if labels.dtype != torch.int64 or not len(labels) or not 0 <= labels.min() <= labels.max() < num_ind:
+            raise ValueError(f"its labels are not the numbers of {num_ind} classes")
+        try:
+            score = fit(baseline, parts_of(model, baseline, num_ind), features, labels)
+        except FAILURES as error:
+            raise ValueError(f"{name} cannot be fitted: {reason_of(error)}") from None
+        return cls(name, features, labels, score)
 
 
 @contextmanager

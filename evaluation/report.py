@@ -14,6 +14,11 @@ IND_TEST, PSEUDO, PRETRAINED = tasks.IND_TEST, tasks.PSEUDO, tasks.PRETRAINED
 THE_METHOD = "the method"  # what is compared with changes of it
 POSITIVE_CLASS = "OOD is the positive class; a larger score means more likely OOD"
 
+NO_OOD = (
+    "No OOD images were given: these figures are of pseudo-OOD samples only, of the kind that CMG is trained against, "
+    "and say nothing about real ones. Name a folder of images that should be rejected with --ood-dir."
+)
+
 METRICS = {"auroc": "AUROC", "fpr95": "FPR95", "aupr_out": "AUPR-out", "aupr_in": "AUPR-in"}
 IND_METRICS = {"accuracy": "accuracy", "ece": "ECE (15 bins)"}
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import eval
@@ -65,12 +66,14 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
+    from datasets.obtain import files_read
     from reproduction.ablate import ablate, table
 
     request, variants = read_arguments(args)
     name = short_name(f"ablations_{request.experiment.name}_{request.experiment.partition}")
     output = args.output or Path("results") / f"{name}.json"
-    check_outputs(output, inputs=request.paths.values())
+    images = partial(files_read, request.experiment, request.machine.data_dir, request.ood_names)
+    check_outputs(output, inputs=request.paths.values(), images=images)
     results = ablate(request, variants, output)
     print(f"\n{table(results)}\n\nwrote {output}")
 

@@ -30,13 +30,19 @@ ABLATIONS = "AUROC on {ood}; first partition and training seed; mean ± standard
 
 
 def write_report(
-    folder: Path, about: dict, results: Sequence[JobResult], samples: Path | None, ablations: Path | None
+    folder: Path,
+    about: dict,
+    results: Sequence[JobResult],
+    first: str,
+    samples: Path | None,
+    ablations: Path | None,
 ) -> str:
     """Write table.md, .csv and .json, the pictures and report.html into `folder`.
 
     Args:
         about: "task", "command" and whatever else the files say of how they were made.
         results: of the jobs that are done, at least one; pictures are of the first.
+        first: the sentence that everything begins with.
         samples, ablations: what the first job made of these, if it is done.
 
     Returns:
@@ -68,7 +74,6 @@ def write_report(
         parts["AUROC over steps"] = (tables.steps_cells(steps), STEPS)
     if changes:
         parts["Ablations"] = (ablation_cells(changes), ABLATIONS.format(ood=first_ood(changes)))
-    first = tables.recommendation(summary)
     text = [f"# CMG: {about['task']}", first, f"```sh\n{about['command']}\n```"]
     text += [f"## {name}\n\n{markdown(*cells)}\n\n{note}".rstrip() for name, (cells, note) in parts.items()]
     text.append("\n".join(f"* {name}: {value}" for name, value in facts(about).items()))

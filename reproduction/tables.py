@@ -158,23 +158,6 @@ def steps_summary(results: Sequence[JobResult]) -> list[dict]:
 # --- text ---------------------------------------------------------------------------------------
 
 
-def recommendation(summary: Sequence[dict]) -> str:
-    """In one sentence the detector with the best mean AUROC over the OOD sets, and how much better than MSP it is; CMG
-    after its last step."""
-    found: dict[str, list[float]] = {}
-    most = max(row["auroc"]["n"] for row in summary if row["at"] == PRETRAINED)
-    for row in summary:
-        if row["at"] in ("last", PRETRAINED) and row["auroc"]["n"] >= most:  # not what some runs left out
-            found.setdefault(row["method"], []).append(row["auroc"]["mean"])
-    sets = max(map(len, found.values()))
-    means = {method: sum(aurocs) / sets for method, aurocs in found.items() if len(aurocs) == sets}
-    best = max(means, key=means.get)
-    over = f" over the {sets} OOD sets" if sets > 1 else ""
-    ahead = 100 * (means[best] - means["MSP"])
-    than = f", {ahead:.2f} points above MSP" if best != "MSP" else ""
-    return f"Best on these OOD images: {best}, with a mean AUROC of {100 * means[best]:.2f}{over}{than}."
-
-
 def detection_cells(summary: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of detection."""
     rows = cells(summary, ("ood_dataset", "method", "at"), METRICS)

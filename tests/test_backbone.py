@@ -8,10 +8,10 @@ import re
 import sys
 import urllib.error
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torchvision
 from PIL import Image
@@ -24,10 +24,14 @@ import predict
 import reproduce
 import train
 from cli.errors import UserError
+from cmg.detector import CMGDetector
+from cmg.losses import MODES
 from datasets.tasks import BackboneChoice
+from evaluation.report import NO_OOD
 from models.backbone import Backbone, without_classifier
 from models.layers import Standardise
 from reproduction import launchers
+from reproduction.best import best_detector
 from tests import tiny_backbone
 from tests.commands import error_of, run
 from tests.test_reproduce import run_here
@@ -36,6 +40,7 @@ from training.backbone import load_backbone
 from utils import load_checkpoint, save_checkpoint
 
 TINY = "tests.tiny_backbone:tiny"
+CPU = torch.device("cpu")
 
 
 # --- the network --------------------------------------------------------------------------------
@@ -132,36 +137,39 @@ def test_weights_of_another_network_are_refused_with_their_keys(tmp_path):
         load_backbone(BackboneChoice("resnet34", tmp_path / "w.pt"))
 
 
-def test_a_model_of_timm_has_its_own_preprocessing(tmp_path, monkeypatch):
-    class Network(nn.Sequential):
-        pretrained_cfg = {
-            "input_size": (3, 240, 240),
-            "mean": (0.5,) * 3,
-            "std": (0.25,) * 3,
-            "interpolation": "bicubic",
-        }
+def test_a_model_of_timm_has_its_own_preprocessing(tmp_path):
+    network = timm.create_model("test_vit", pretrained=False).eval()
+    torch.save(network.state_dict(), tmp_path / "w.pt")
+    backbone = load_backbone(BackboneChoice("test_vit", tmp_path / "w.pt"))
+    config = network.pretrained_cfg
+    assert (backbone.size, backbone.interpolation) == (160, "bicubic") == (config["input_size"][1], "bicubic")
+    images = torch.rand(2, 3, 160, 160)
+    mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        expected = network.forward_head(network.forward_features((images - mean) / std), pre_logits=True)
+    torch.testing.assert_close(backbone(images).flatten(1), expected)
+    other = load_backbone(BackboneChoice("test_vit", tmp_path / "w.pt", size=64))
+    assert other(images).shape == (2, 64, 1, 1)
 
-        def reset_classifier(self, classes: int) -> None:
-            assert classes == 0
-            self[1] = nn.Identity()
 
-    asked = []
-
+def test_weights_of_timm_that_cannot_be_fetched_are_named(monkeypatch):
     def create_model(name: str, pretrained: bool) -> nn.Module:
-        asked.append((name, pretrained))
-        return Network(Means(), nn.Linear(3, 10))
+        assert (name, pretrained) == ("test_vit", True)
+        raise OSError("no network")
 
-    timm = SimpleNamespace(list_models=lambda: ["some_net"], create_model=create_model)
-    monkeypatch.setitem(sys.modules, "timm", timm)
-    backbone = load_backbone(BackboneChoice("some_net.in1k"))
-    assert (backbone.size, backbone.interpolation, asked) == (240, "bicubic", [("some_net.in1k", True)])
-    images = torch.rand(2, 3, 240, 240)
-    torch.testing.assert_close(backbone(images).flatten(1), (images.mean((2, 3)) - 0.5) / 0.25)
-    torch.save(Network(Means(), nn.Linear(3, 10)).state_dict(), tmp_path / "w.pt")
-    load_backbone(BackboneChoice("some_net", tmp_path / "w.pt"))
-    assert asked[-1] == ("some_net", False)
-    with pytest.raises(UserError, match="no such model of torchvision and timm; the nearest are some_net"):
-        load_backbone(BackboneChoice("some_nett"))
+    monkeypatch.setattr(timm, "create_model", create_model)
+    with pytest.raises(
+        UserError, match="cannot be fetched .no network.*Fetch pytorch_model.bin of timm/test_vit.r160_"
+    ):
+        load_backbone(BackboneChoice("test_vit"))
+    with pytest.raises(UserError, match="no such model of torchvision and timm; the nearest are test_vit"):
+        load_backbone(BackboneChoice("test_vitt"))
+
+
+def test_without_timm_its_models_are_not_known(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match="no such model of torchvision .timm is not installed."):
+        load_backbone(BackboneChoice("test_vit"))
 
 
 def test_real_weights_tell_an_image_from_another():
@@ -253,6 +261,58 @@ def test_reproduce_does_it_all(photos, tmp_path, monkeypatch):
     assert run(reproduce, *argv, "--classifier-args=--epochs 2", "--cvae-args=--epochs 2") == 0
     table = json.loads(Path("results/custom_birds_tests-tiny_backbone-tiny_features/table.json").read_text())
     assert {row["method"] for row in table["detection"]} == {"CMG-energy", "CMG-softmax", "MSP", "energy"}
+    best = max((row for row in table["detection"] if row["at"] != "max"), key=lambda row: row["auroc"]["mean"])
+    detector = CMGDetector.load(Path("results/custom_birds_tests-tiny_backbone-tiny_features/detector.pt"), CPU)
+    modes = {name: mode.score for name, mode in MODES.items()}
+    assert detector.config().score == modes.get(best["method"], best["method"]) and detector.backbone is not None
+
+
+def test_own_images_without_ood_images(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launchers, "run_local", run_here)
+    argv = [*options(photos), "--seeds", 1, "--modes", "CMG-energy", "--baselines", "NNGuide", "ODIN", "MaxLogit"]
+    argv += ["--eval-args=--epochs 1", "--classifier-args=--epochs 2", "--cvae-args=--epochs 2", "--output", "r"]
+    assert run(reproduce, *argv) == 0
+    table = json.loads(Path("r/table.json").read_text())
+    rows = {row["method"]: row for row in table["detection"]}
+    assert set(rows) == {"CMG-energy", "MSP", "energy", "NNGuide", "MaxLogit"}
+    assert {row["ood_dataset"] for row in rows.values()} == {"pseudo-OOD"}
+    reason = "it reads images, and of pseudo-OOD there are features only"
+    assert table["left_out"] == {"ODIN": f"(since {reason})"}
+    best = max(set(rows) - {"CMG-energy"}, key=lambda method: rows[method]["auroc"]["mean"])
+    sentence = f"Of the detectors that were not trained against them, {best} is the best on them."
+    first = Path("r/table.md").read_text().splitlines()[2]
+    assert first == f"{NO_OOD} {sentence}" and first in capsys.readouterr().out
+    detector = CMGDetector.load(Path("r/detector.pt"), CPU)
+    assert detector.config().score == best and detector.classes == ("crow", "gull")
+    # The scores of the table are those of the detector: it rejects 5 % of what they say of IND test images.
+    scores = np.load("r/all_seed1/scores.npz")
+    assert scores[f"{best}/-/pretrained/pseudo-OOD"].shape == scores[f"{best}/-/pretrained/IND test"].shape
+    highest = scores[f"{best}/-/pretrained/IND test"].max() - (
+        best == "MSP"
+    )  # pytorch-ood has -max where ours is 1 - max
+    assert detector.threshold == pytest.approx(highest, rel=1e-4)
+    # The same command again trains and fits nothing.
+    made = Path("r/detector.pt").stat().st_mtime_ns
+    assert run(reproduce, *argv) == 0 and Path("r/detector.pt").stat().st_mtime_ns == made
+    Path("r/detector.pt").write_bytes(b"half")
+    assert run(reproduce, *argv) == 0
+    assert CMGDetector.load(Path("r/detector.pt"), CPU).threshold == detector.threshold
+
+
+def test_the_best_detector_is_the_best_that_can_be_saved():
+    def row(method: str, at: str, mean: float, ood: str = "a", n: int = 2) -> dict:
+        return {"method": method, "at": at, "ood_dataset": ood, "auroc": {"mean": mean, "n": n}}
+
+    rows = [row("MSP", "pretrained", 0.5), row("KNN", "pretrained", 0.7), row("CMG-energy", "last", 0.6)]
+    best = best_detector([*rows, row("CMG-energy", "max", 0.9), row("ViM", "pretrained", 0.99, n=1)])
+    assert best == ("KNN", "Best on these OOD images: KNN, with a mean AUROC of 70.00, 20.00 points above MSP.")
+    best = best_detector([*rows, row("ODIN", "pretrained", 0.8), row("CMG-softmax", "last", 0.75)])
+    assert best.method == "CMG-softmax" and "(only ODIN, which cannot be saved, has more: 80.00)." in best.sentence
+    two = [row(one["method"], one["at"], 1 - one["auroc"]["mean"], "b") for one in rows]
+    assert best_detector([*rows, *two, row("GEN", "pretrained", 0.9)]).sentence.endswith(
+        "with a mean AUROC of 50.00 over the 2 OOD sets."
+    )
 
 
 @pytest.mark.parametrize(

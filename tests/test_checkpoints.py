@@ -129,7 +129,7 @@ def test_other_files_of_ours_are_not_taken_for_a_network(tmp_path, content, what
         read_state(tmp_path / "c.pkl", "the classifier", "REMEDY")
 
 
-@pytest.mark.parametrize("share", ["0.1", None, math.nan])
+@pytest.mark.parametrize("share", ["0.1", None, math.nan, 7.0, 1.0, -0.1])
 def test_a_damaged_record_of_how_a_network_was_made_is_one_line(tmp_path, share):
     save_network(tmp_path / "c.pkl", build_classifier(TASK), {"val_fraction": share})
     with pytest.raises(UserError, match=r"c\.pkl: what it says of how it was made is damaged\. REMEDY$"):
@@ -201,6 +201,16 @@ def test_tensors_of_another_kind_are_refused_rather_than_converted(tmp_path, cha
     with pytest.raises(UserError) as refusal:
         load_network(tmp_path / "c.pkl", model, "the classifier", {}, "Remedy")
     assert str(refusal.value).startswith(f"{tmp_path}/c.pkl: {message}") and str(refusal.value).endswith(". Remedy")
+
+
+@pytest.mark.parametrize("versions", [["x"], {"": 1}, {"": {"version": "two"}}])
+def test_what_a_state_dict_says_of_its_modules_is_not_read(tmp_path, versions):
+    model, other = build_classifier(TASKS["same_dataset_digits"]), build_classifier(TASKS["same_dataset_digits"])
+    state = model.state_dict()
+    state._metadata = versions if isinstance(versions, list) else dict.fromkeys(state._metadata, versions[""])
+    torch.save(state, tmp_path / "c.pkl")
+    load_network(tmp_path / "c.pkl", other, "the classifier", {}, "Remedy")
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in other.state_dict().items())
 
 
 def test_half_precision_is_taken_and_variances_below_0_are_not(tmp_path):

@@ -23,13 +23,15 @@ from sklearn.metrics import roc_auc_score
 
 import eval
 import train
-from cli.errors import run_command
+from cli.errors import UserError, run_command
+from cli.files import check_outputs
 from cli.options import changed_options, options_given
 from cmg import losses
 from cmg.config import FineTuneConfig
 from datasets import obtain
 from datasets.archives import FetchError
 from datasets.datasetsHelper import READERS, Images, load_ind
+from datasets.obtain import files_read
 from datasets.sources import SOURCES
 from datasets.tasks import TASKS, Experiment
 from evaluation.baselines import POST_HOC
@@ -482,6 +484,40 @@ def test_default_names_stay_short_whatever_the_options():
         (ablations, ["--output", CLASSIFIER]),
     ],
 )
+@pytest.mark.parametrize("name", ["birds/train/a/0.png", "link/test/b/0.png", "stored.png", "insects/0.png"])
+def test_nothing_is_written_over_an_image(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("birds/train/a", "birds/train/b", "birds/test/a", "birds/test/b", "insects"):
+        Path(folder).mkdir(parents=True)
+        Image.fromarray(np.full((28, 28), len(folder), np.uint8)).save(f"{folder}/0.png")
+    Path("link").symlink_to("birds")
+    Path("birds/test/a/0.png").rename("stored.png")
+    Path("birds/test/a/0.png").symlink_to(tmp_path / "stored.png")
+    before = Path(name).read_bytes()
+    task = ["--task", "custom", "--ind-dir", "birds", "--image-size", "28", "--grey", "--device", "cpu"]
+    with_ood = [*task, "--ood-dir", "insects"]
+    message = f"cannot write {name}: it is an image that this command reads; name another file"
+    commands = [(eval, [*with_ood, "--output", name]), (eval, [*with_ood, "--save-scores", name])]
+    commands += [(ablations, [*with_ood, "--output", name])]
+    if name != "insects/0.png":
+        commands += [(train, [*task, "--log", name]), (samples, [*task, "--output", name])]
+        commands += [(train, [*task, "--restart", "--params-dict-name", name])]
+    for command, argv in commands:
+        assert message in error_of(capsys, command, *argv)
+    assert Path(name).read_bytes() == before
+
+
+def test_nothing_is_written_over_a_published_data_set(tmp_path):
+    experiment = Experiment.of("same_dataset_mnist", TASKS["same_dataset_mnist"])
+    files = [tmp_path / "MNIST" / "raw" / name for name in ("train-images-idx3-ubyte", "t10k-labels-idx1-ubyte.gz")]
+    files[0].parent.mkdir(parents=True)
+    for file in files:
+        file.touch()
+        with pytest.raises(UserError, match="it is an image that this command reads"):
+            check_outputs(file, images=lambda: files_read(experiment, tmp_path))
+    check_outputs(tmp_path / "MNIST" / "raw" / "other", images=lambda: files_read(experiment, tmp_path))
+
+
 def test_nothing_is_written_over_what_a_command_reads(digits, capsys, command, argv):
     before = {path: path.read_bytes() for path in Path("ckpt").iterdir()}
     assert f"cannot write {argv[-1]}: it is read by this command; name another file" in error_of(capsys, command, *argv)

@@ -306,8 +306,11 @@ def test_own_images_through_training_and_evaluation(tmp_path, monkeypatch, capsy
         assert run(train, *data, "--command", command, "--epochs", 1, "--precision", "fp32") == 0
     made = ["custom_sides_1x28_all_classifier.pkl", "custom_sides_1x28_all_cvae.pkl"]
     assert sorted(path.name for path in (tmp_path / "ckpt").iterdir()) == made
-    assert run(evaluate, *data) == 2
-    assert "has no OOD images; name a folder of them with --ood-dir" in capsys.readouterr().err
+    assert run(evaluate, *data, "--tune", "joint") == 2
+    no_images = "custom_sides_1x28 has no OOD images; name a folder of them with --ood-dir DIR"
+    assert f"--tune joint: {no_images}" in capsys.readouterr().err
+    assert run(evaluate, *data, "--ood-dataset", "nose") == 2
+    assert no_images in capsys.readouterr().err
     assert run(evaluate, *data, "--ood-dir", "noise", "--ood-dataset", "nose") == 2
     assert "--ood-dataset nose: custom_sides_1x28 has noise" in capsys.readouterr().err
     assert run(evaluate, *data, "--ood-dir", "noise", "--epochs", 1, "--output", "out.json") == 0

@@ -8,16 +8,18 @@ import pytest
 import torch
 
 import eval
+import predict
 from cli.errors import UserError, run_command
 from cmg.config import FineTuneConfig
 from cmg.detector import CMGDetector, acceptance_threshold
-from cmg.scores import SCORES
+from cmg.scores import PRETRAINED_SCORES, SCORES
 from datasets.datasetsHelper import load_ind, to_float
 from datasets.tasks import TASKS, Experiment
+from evaluation.post_hoc import POST_HOC
 from models.main_model import MainModel
 from training.train_classifier import build_classifier
 from training.train_cvae import build_cvae
-from utils import save_checkpoint
+from utils import load_checkpoint, save_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -106,6 +108,108 @@ def test_other_images_are_refused(images, found):
     detector = detector_of(MainModel(8, 1, 11, "mnist"))
     with pytest.raises(ValueError, match=rf"images are {found}, expected torch.float32 \[B, 1, 8, 8\]$"):
         detector.predict(images)
+
+
+def post_hoc_detector(name: str) -> tuple[CMGDetector, torch.Tensor]:
+    """One fitted on 60 images of three classes, and images to judge."""
+    draw = torch.Generator().manual_seed(3)
+    torch.manual_seed(0)
+    model, labels = MainModel(8, 1, 11, "mnist").eval(), torch.arange(60) % 3
+    images = torch.rand(60, 1, 8, 8, generator=draw) * torch.linspace(0.2, 1, 3)[labels][:, None, None, None]
+    with torch.no_grad():  # the last layer picks the nearest mean
+        hidden, last = model.classifier.hidden(model.features(images)), model.classifier.fc2
+        means = torch.stack([hidden[labels == c].mean(0) for c in range(3)])
+        last.weight[:3], last.bias[:3] = means, -means.square().sum(1) / 2
+    detector = CMGDetector(model, None, FineTuneConfig(num_ind=3, sigma=1.0), classes="abc")
+    features = detector.encoder(images)
+    detector.adopt_post_hoc(name, features, labels).calibrate(features, "IND training")
+    return detector, torch.rand(7, 1, 8, 8, generator=draw)
+
+
+OF_FEATURES = [name for name, baseline in POST_HOC.items() if baseline.reads != "images"]
+
+
+@pytest.mark.parametrize("name", OF_FEATURES)
+def test_a_saved_post_hoc_detector_scores_as_the_one_saved(tmp_path, name):
+    detector, images = post_hoc_detector(name)
+    detector.save(tmp_path / "d.pt")
+    loaded = CMGDetector.load(tmp_path / "d.pt", CPU, "fp32")
+    assert loaded.config().score == name and loaded.threshold == detector.threshold
+    scores, classes = loaded.judge(loaded.features(images))
+    expected, of_expected = detector.judge(detector.features(images))
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)  # memory layouts differ
+    assert torch.equal(classes, of_expected)
+
+
+@pytest.mark.parametrize(("name", "score"), PRETRAINED_SCORES.items())
+def test_msp_and_energy_as_detectors_have_their_closed_forms(name, score):
+    detector, images = post_hoc_detector(name)
+    with torch.no_grad():
+        logits = detector.model(images)
+    offset = 1 if name == "MSP" else 0  # pytorch-ood has -max where ours is 1 - max
+    torch.testing.assert_close(detector.predict(images).double() + offset, score(logits).double(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": torch.zeros(60, 511)}, "torch.float32 [60, 511], expected 512 an image"),
+        ({"features": torch.zeros(60, 512, dtype=torch.int64)}, "torch.int64 [60, 512], expected 512 an image"),
+        ({"labels": torch.full((60,), 3)}, "its labels are not the numbers of 3 classes"),
+        ({"labels": torch.full((60,), -1)}, "its labels are not the numbers of 3 classes"),
+        ({"labels": torch.zeros(60)}, "its labels are not the numbers of 3 classes"),
+        ({"labels": None}, "does not hold what KNN is fitted on"),
+        ({"more": 1}, "does not hold what KNN is fitted on"),
+        ({"features": torch.full((60, 512), torch.nan)}, "values of features are not finite"),
+    ],
+)
+def test_a_post_hoc_detector_edited_by_hand_is_refused(tmp_path, change, message):
+    detector, _ = post_hoc_detector("KNN")
+    detector.save(tmp_path / "d.pt")
+    content = load_checkpoint(tmp_path / "d.pt")
+    content["fitted_on"] |= change
+    save_checkpoint(tmp_path / "d.pt", content)
+    with pytest.raises(UserError) as refused:
+        CMGDetector.load(tmp_path / "d.pt", CPU)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_what_reads_images_is_no_detector_of_features(tmp_path):
+    with pytest.raises(ValueError, match="ODIN reads images, not features"):
+        post_hoc_detector("ODIN")
+
+
+def test_a_post_hoc_detector_is_not_exported(tmp_path, capsys):
+    post_hoc_detector("KNN")[0].save(tmp_path / "d.pt")
+    argv = ["--detector", str(tmp_path / "d.pt"), "--export", str(tmp_path / "d.onnx")]
+    assert run_command(predict.main, predict.get_parser(), argv) == 2
+    assert "scores with pytorch-ood's KNN" in capsys.readouterr().err and not (tmp_path / "d.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"classes": [["a"], ["b"], ["c"]]},
+        {"classes": [None, 3, 4]},
+        {"classes": [2.0, 3.0, 4.0]},
+        {"classes": [torch.tensor(2), 3, 4]},
+        {"classes": [2, 3, 3]},
+        {"classes": []},
+        {"classes": list(range(11))},  # no logit is left for the OOD slot
+        {"classes": list(range(12)), "score": "energy-ind"},
+        {"image_size": True},
+        {"logits": 11.0},
+        {"precision": ["fp32"]},
+    ],
+)
+def test_a_detector_edited_by_hand_is_refused(tmp_path, change):
+    detector_of(MainModel(8, 1, 11, "mnist")).save(tmp_path / "d.pt")
+    content = load_checkpoint(tmp_path / "d.pt")
+    content["detector"] |= change
+    save_checkpoint(tmp_path / "d.pt", content)
+    with pytest.raises(UserError, match="is not a detector|do not go with its network") as refused:
+        CMGDetector.load(tmp_path / "d.pt", CPU)
+    assert "\n" not in str(refused.value)
 
 
 def test_what_is_no_detector_is_refused(tmp_path):

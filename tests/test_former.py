@@ -132,7 +132,7 @@ def test_a_former_result_gives_its_table(former, todays, tmp_path):
     written = {}
     for name, (result, ablations) in {"former": former, "todays": todays}.items():
         folder = tmp_path / f"{name}_report"
-        report.write_report(folder, ABOUT, [result], None, ablations)
+        report.write_report(folder, ABOUT, [result], "First of all.", None, ablations)
         written[name] = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
     assert written["former"] == written["todays"]
     table = written["former"][Path("table.md")].decode()

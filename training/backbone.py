@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -77,12 +78,15 @@ def from_timm(choice: BackboneChoice, pretrained: bool) -> Backbone:
             f"--backbone {choice.name}: no such model of {where}"
             + (f"; the nearest are {', '.join(near)}" if near else "; expected a name, or MODULE:FUNCTION")
         )
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it announces every further attempt
     try:
         network = timm.create_model(choice.name, pretrained=pretrained and choice.weights is None)
     except (OSError, RuntimeError) as error:
+        where = getattr(timm.get_pretrained_cfg(choice.name, allow_unregistered=True), "hf_hub_id", None)
+        file = f"pytorch_model.bin of {where} on the Hugging Face Hub" if where else "them"
         raise UserError(
-            f"--backbone {choice.name}: its weights cannot be fetched ({str(error).splitlines()[0]}). Fetch them "
-            "elsewhere and name the file with --backbone-weights FILE"
+            f"--backbone {choice.name}: its weights cannot be fetched ({str(error).splitlines()[0].rstrip('.')}). "
+            f"Fetch {file} elsewhere and name the file with --backbone-weights FILE"
         ) from None
     if pretrained and choice.weights:
         fill(network, choice)

@@ -112,7 +112,8 @@ def weights_within(content: dict, place: str = "", depth: int = 0) -> list[str]:
 def fill_network(path: Path, state: dict, model: nn.Module, what: str, expected: dict, remedy: str) -> dict:
     """The second half of `load_network`: check the state dict read from `path` and load it strictly."""
     origin = origin_of(state)
-    if not fits(origin, {"val_fraction": (float,)}) or not is_plain(origin):
+    kept = origin.get("val_fraction", 0.0)
+    if not (fits(kept, float) and 0 <= kept < 1) or not is_plain(origin):
         raise UserError(f"{path}: what it says of how it was made is damaged. {remedy}")
     for key, value in expected.items():
         if origin.get(key, value) != value:
@@ -135,7 +136,7 @@ def fill_network(path: Path, state: dict, model: nn.Module, what: str, expected:
             raise UserError(f"{path}: {name} holds {found.dtype}, expected {tensor.dtype}. {remedy}")
         if found.is_floating_point() and found.dtype != tensor.dtype and not found.to(tensor.dtype).isfinite().all():
             raise UserError(f"{path}: {name} holds numbers too large for {tensor.dtype}. {remedy}")
-    model.load_state_dict(state)
+    model.load_state_dict({name: state[name] for name in ours})  # without what else a state dict says of its modules
     return origin
 
 

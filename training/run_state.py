@@ -30,7 +30,7 @@ STATE = {
     "model": dict,
     "optimizer": dict,
     "step": lambda value: fits(value, int) and value >= 0,
-    "history": [dict],
+    "history": [lambda line: isinstance(line, dict) and is_plain(line)],
     "losses": [is_number],
     "sums": lambda value: isinstance(value, dict) and all(map(is_number, value.values())),
 }
@@ -251,5 +251,9 @@ def check_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, beg
     if begun and (lacking := MOMENTS.get(type(optimizer), set()) - state.keys()):
         raise ValueError(f"the optimizer has no {min(lacking)} of a parameter")
     for name, value in state.items():
-        if isinstance(value, Tensor) and value.shape not in (parameter.shape, ()):
+        if not isinstance(value, Tensor):
+            continue
+        if value.shape not in (parameter.shape, ()):
             raise ValueError(f"{name} is {list(value.shape)}, its parameter {list(parameter.shape)}")
+        if not value.isfinite().all() or (name in ("step", "exp_avg_sq") and (value < 0).any()):
+            raise ValueError(f"{name} of a parameter holds what no step gives")

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from cli.files import check_outputs, check_writable
 from cli.options import Machine
 from cli.progress import counted
 from datasets.datasetsHelper import Images, load_ind, split_validation
+from datasets.obtain import files_read
 from datasets.tasks import Experiment
 from training.checkpoints import origin_of, read_state, save_network
 from training.config import IMAGES_PER_STATE, LoopConfig, RunOptions, resume_path
@@ -112,11 +114,13 @@ def train(
     with joined_processes(machine.device) as processes:
         precision = pick_precision(machine.precision, processes.device, experiment.task.precision)
         config = LoopConfig(precision=precision, **loop)
+        read_files = partial(files_read, experiment, machine.data_dir)
+        check_outputs(options.log, images=read_files)
         images, test_images = load_ind(experiment, machine.data_dir)
         images, _ = split_validation(images, training.what["val_fraction"])
         what = training.what | {"command": training.command, "data": fingerprint(images)}
         if options.restart:  # before anything is forgotten
-            check_outputs(path, resume_path(path), options.log, inputs=training.reads)
+            check_outputs(path, resume_path(path), options.log, inputs=training.reads, images=read_files)
         if is_done(path, what | asdict(config), options, machine.precision == "auto", show=processes.is_main):
             return
         if training.whole_batches and 0 < len(images) % config.batch_size < processes.world:
