@@ -279,12 +279,14 @@ def test_own_images_without_ood_images(photos, tmp_path, monkeypatch, capsys):
     assert {row["ood_dataset"] for row in rows.values()} == {"pseudo-OOD"}
     reason = "it reads images, and of pseudo-OOD there are features only"
     assert table["left_out"] == {"ODIN": f"(since {reason})"}
-    best = max(set(rows) - {"CMG-energy"}, key=lambda method: rows[method]["auroc"]["mean"])
+    best = CMGDetector.load(Path("r/detector.pt"), CPU).config().score
+    others = {method: row["auroc"]["mean"] for method, row in rows.items() if method != "CMG-energy"}
+    assert others[best] == max(others.values())
     sentence = f"Of the detectors that were not trained against them, {best} is the best on them."
     first = Path("r/table.md").read_text().splitlines()[2]
     assert first == f"{NO_OOD} {sentence}" and first in capsys.readouterr().out
     detector = CMGDetector.load(Path("r/detector.pt"), CPU)
-    assert detector.config().score == best and detector.classes == ("crow", "gull")
+    assert detector.classes == ("crow", "gull")
     # The scores of the table are those of the detector: it rejects 5 % of what they say of IND test images.
     scores = np.load("r/all_seed1/scores.npz")
     assert scores[f"{best}/-/pretrained/pseudo-OOD"].shape == scores[f"{best}/-/pretrained/IND test"].shape

@@ -474,16 +474,6 @@ def test_default_names_stay_short_whatever_the_options():
 # --- errors: data -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("command", "argv"),
-    [
-        (eval, ["--output", CVAE]),
-        (eval, ["--save-scores", CLASSIFIER]),
-        (eval, ["--mode", "CMG-energy", "--save-detector", f"ckpt/../{CLASSIFIER}"]),
-        (samples, ["--output", CVAE]),
-        (ablations, ["--output", CLASSIFIER]),
-    ],
-)
 @pytest.mark.parametrize("name", ["birds/train/a/0.png", "link/test/b/0.png", "stored.png", "insects/0.png"])
 def test_nothing_is_written_over_an_image(tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
@@ -518,6 +508,16 @@ def test_nothing_is_written_over_a_published_data_set(tmp_path):
     check_outputs(tmp_path / "MNIST" / "raw" / "other", images=lambda: files_read(experiment, tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("command", "argv"),
+    [
+        (eval, ["--output", CVAE]),
+        (eval, ["--save-scores", CLASSIFIER]),
+        (eval, ["--mode", "CMG-energy", "--save-detector", f"ckpt/../{CLASSIFIER}"]),
+        (samples, ["--output", CVAE]),
+        (ablations, ["--output", CLASSIFIER]),
+    ],
+)
 def test_nothing_is_written_over_what_a_command_reads(digits, capsys, command, argv):
     before = {path: path.read_bytes() for path in Path("ckpt").iterdir()}
     assert f"cannot write {argv[-1]}: it is read by this command; name another file" in error_of(capsys, command, *argv)
