@@ -32,7 +32,7 @@ from cli.options import (
 from cmg.config import JOINT, FineTuneConfig, Request
 from cmg.losses import MODES
 from datasets.experiments import add_data_arguments, add_experiment_arguments, experiment_from_arguments
-from datasets.tasks import COMMANDS
+from datasets.tasks import COMMANDS, Experiment
 from evaluation.post_hoc import POST_HOC
 from training.config import LEARNING_RATE
 
@@ -121,9 +121,7 @@ def read_arguments(args: argparse.Namespace) -> Request:
     modes = pick_all("--mode", args.mode, list(MODES), experiment.name)
     ood_names = pick_ood(args, experiment.name, experiment.task.ood_datasets)
     seeds = list(dict.fromkeys(args.seeds))
-    if args.tune == JOINT and not ood_names:
-        raise UserError(f"--tune joint: {experiment.name} has no OOD images; name a folder of them with --ood-dir DIR")
-    check_joint(args.tune, experiment.task.space)
+    check_joint(args.tune, experiment, ood_names)
     if args.save_detector and args.tune == JOINT:
         raise UserError("--save-detector goes with --tune head or last-layer only; leave it out")
     if args.save_detector and len(modes) * len(seeds) > 1:
@@ -147,10 +145,13 @@ def pick_ood(args: argparse.Namespace, task_name: str, known: Sequence[str]) -> 
     return pick_all("--ood-dataset", args.ood_dataset, known, task_name) if known or args.ood_dataset != ["all"] else []
 
 
-def check_joint(tune: str, space: str) -> None:
-    """Raise `UserError` where a whole classifier is to be trained against features."""
-    if tune == JOINT and space == "features":
+def check_joint(tune: str, experiment: Experiment, ood_names: Sequence[str]) -> None:
+    """Raise `UserError` where a whole classifier is to be trained against features, or there are no OOD images: each
+    run has features of its own, in which nothing stands for them."""
+    if tune == JOINT and experiment.task.space == "features":
         raise UserError("--tune joint trains the whole classifier on images, and the CVAE makes features; leave it out")
+    if tune == JOINT and not ood_names:
+        raise UserError(f"--tune joint: {experiment.name} has no OOD images; name a folder of them with --ood-dir DIR")
 
 
 def read_run(args: argparse.Namespace) -> Request:

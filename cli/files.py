@@ -73,6 +73,12 @@ def kind_of(entry: os.DirEntry | Path) -> str:
     return next((kind for kind, is_one in kinds.items() if is_one(mode)), "device")
 
 
+def identity_of(path: Path) -> tuple[int, int]:
+    """Device and inode: the same for a file or folder by any of its names. Raises `OSError`."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
 def unreadable(path: Path, error: OSError) -> str:
     """The complaint about a file or folder that the system does not let us read."""
     return f"{path}: cannot be read ({error.strerror or error}). Make it readable or remove it"
@@ -120,8 +126,10 @@ def check_outputs(
     """
     outputs = [path for path in outputs if path]
     taken = {os.path.realpath(path): "is read by this command" for path in inputs}
-    if any(map(os.path.isfile, outputs)):
-        taken |= {os.path.realpath(path): "is an image that this command reads" for path in images()}
+    there = {identity_of(path): path for path in outputs if os.path.isfile(path)}
+    for image in images() if there else ():
+        if path := there.get(identity_of(image)):
+            raise UserError(f"cannot write {path}: it is an image that this command reads; name another file")
     for path in outputs:
         if reason := taken.get(os.path.realpath(path)):
             raise UserError(f"cannot write {path}: it {reason}; name another file")

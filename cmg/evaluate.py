@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -102,7 +102,7 @@ def make_post_hoc(inputs: Stage2Inputs, precision: str, name: str) -> CMGDetecto
     config, names = config_for(inputs.experiment, precision), inputs.experiment.class_names
     detector = CMGDetector(inputs.classifier, None, config, classes=names, backbone=inputs.backbone)
     # The backbone's part of the way is behind the images already.
-    bank = inputs.data.encode(split_model(detector.encoder.network, config.tune).features, precision)
+    bank = replace(inputs.data, ood={}).encode(split_model(detector.encoder.network, config.tune).features, precision)
     try:
         return calibrated(detector.adopt_post_hoc(name, bank.train, bank.train_labels), bank)
     except ValueError as error:

@@ -155,7 +155,8 @@ def run_stage2(
             inputs to the next.
     """
     tune = "head" if config.tune == JOINT else config.tune
-    stage2 = Stage2.of(split_model(for_inference(inputs.classifier), tune), inputs.cvae, config)
+    split = split_model(for_inference(inputs.classifier), tune)
+    stage2 = Stage2.of(split, inputs.cvae, config)
     extracted = {} if inputs.data.ood else {PSEUDO: samples(inputs, config, seeds[0])}
     compared, left_out = [], {}
     if baselines:
@@ -164,8 +165,8 @@ def run_stage2(
     if key not in banks:
         banks[key] = stage2.encode(inputs.data)
     bank = banks[key]
-    if extracted:
-        bank = replace(bank, ood={PSEUDO: split_model(inputs.classifier, tune).of_extracted(extracted[PSEUDO])})
+    with torch.no_grad():
+        bank = replace(bank, ood=bank.ood | {name: split.of_extracted(part) for name, part in extracted.items()})
     if config.tune != JOINT:
         results = stage2.results(bank, modes, seeds, score_pseudo, compared)
         return replace(results, left_out=left_out)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cli.errors import UserError
-from cli.files import kind_of, replacing, unreadable
+from cli.files import identity_of, kind_of, replacing, unreadable
 from cli.progress import Progress
 from datasets.decoding import PILLOW_MODES, SMALL, decode_image, decoded, to_array
 
@@ -48,12 +48,12 @@ def search(root: Path) -> Found:
     `root`; folders that hold `root` are not entered at all. So no link to a folder makes an image count twice.
     """
     names, complaints = [], {}
-    entered = {_identity(folder) for folder in Path(os.path.realpath(root)).parents}
+    entered = {identity_of(folder) for folder in Path(os.path.realpath(root)).parents}
     folders, links = [""], deque()
     while folders or links:
         prefix = folders.pop() if folders else links.popleft()
         try:
-            if (identity := _identity(root / prefix)) in entered:
+            if (identity := identity_of(root / prefix)) in entered:
                 continue
             entered.add(identity)
             with os.scandir(root / prefix) as found:
@@ -76,11 +76,6 @@ def search(root: Path) -> Found:
                 else:
                     complaints[root / name] = f"{root / name}: is not a plain file but a {kind}. Remove it"
     return Found(sorted(names), dict(sorted(complaints.items())))
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
 
 
 def list_images(root: Path) -> list[str]:

@@ -361,13 +361,13 @@ def _is_content(download: Download, folder: Path) -> bool:
 
 
 def files_read(experiment: Experiment, data_dir: Path, ood_names: Sequence[str] = ()) -> Iterator[Path]:
-    """The files of the images that an experiment reads, IND and those OOD sets, as far as they are there."""
-    task = experiment.task
-    for name in dict.fromkeys([task.dataset, *ood_names]):
-        if name in task.folders:
-            root = task.folders[name].root
-            yield from (root / image for image in search(root)[0])
+    """The files that are there of the images that an experiment reads, IND and those OOD sets."""
+    folders = experiment.task.folders
+    for name in dict.fromkeys([experiment.task.dataset, *ood_names]):
+        if name in folders:
+            images, _ = search(folders[name].root)
+            yield from (folders[name].root / image for image in images)
         for download in SOURCES[name].downloads if name in SOURCES else ():
             target = data_dir / download.target
-            yield from (target, target.with_suffix(""))  # packed and unpacked
-            yield from (path for path in target.rglob("*") if path.is_file())
+            places = (target, target.with_suffix(""), *target.rglob("*"))  # packed, unpacked, a folder
+            yield from (path for path in places if path.is_file())

@@ -54,7 +54,7 @@ def baseline_scores(
                 continue
             parts, inputs = parts_of(model, baseline, num_ind), images if of_images else features
             try:
-                scores[name] = fit_and_score(baseline, parts, fitted_on, train.labels.cpu(), inputs, progress)
+                scores[name] = fit_and_score(name, parts, fitted_on, train.labels.cpu(), inputs, progress)
             except FAILURES as error:
                 left_out[name] = reason_of(error)
         progress.close()
@@ -92,29 +92,31 @@ def parts_of(model: MainModel, baseline: Baseline, num_ind: int) -> Parts:
 
 
 def fit_and_score(
-    baseline: Baseline,
+    name: str,
     parts: Parts,
     fitted_on: Tensor,
     labels: Tensor,
     inputs: dict[str, Tensor],
     progress: Progress,
 ) -> dict[str, Tensor]:
-    """Fit one detector on features [N, 512] and labels [N] and score sets of features, or of uint8 images.
+    """Fit the detector called `name` on features [N, 512] and labels [N] and score sets of features or uint8 images.
 
     Raises:
         ValueError: scores that are no numbers; and whatever the detector raises.
     """
-    of_batch = fit(baseline, parts, fitted_on, labels)
+    of_batch = fit(POST_HOC[name], parts, fitted_on, labels)
 
     def score(part: Tensor) -> Tensor:
-        progress.advance(len(part), lambda: next(name for name, one in POST_HOC.items() if one is baseline))
+        progress.advance(len(part), lambda: name)
         return of_batch(part)
 
-    scores = {name: torch.cat([score(part) for part in batch.split(CHUNK["cpu"])]) for name, batch in inputs.items()}
-    for name, of_set in scores.items():
+    scores = {
+        images: torch.cat([score(part) for part in batch.split(CHUNK["cpu"])]) for images, batch in inputs.items()
+    }
+    for images, of_set in scores.items():
         unscored = int((~of_set.isfinite()).sum())
         if unscored:
-            raise ValueError(f"{unscored} of the {len(of_set)} images of {name} have a score that is not finite")
+            raise ValueError(f"{unscored} of the {len(of_set)} images of {images} have a score that is not finite")
     return scores
 
 

@@ -12,7 +12,7 @@ from cli.files import write_json
 from cmg.config import Request, config_for
 from cmg.evaluate import describe, load, precision_of
 from cmg.stage2 import run_stage2
-from evaluation.report import PRETRAINED, THE_METHOD, markdown, mean_and_sd
+from evaluation.report import NO_OOD, PRETRAINED, PSEUDO, THE_METHOD, markdown, mean_and_sd
 from utils import start_computing
 
 HEADER = ("options of eval", "mode", "start", "best (step)", "validated (step)", "last", "IND accuracy", "seconds")
@@ -45,7 +45,9 @@ def ablate(request: Request, variants: Mapping[str, Mapping[str, object]], outpu
 
 
 def table(results: dict) -> str:
-    """In Markdown: a row for each variant and mode, then for each score of the pretrained classifier; first OOD set."""
+    """In Markdown: a row for each variant and mode, then for each score of the pretrained classifier; first OOD set.
+    And a remark where that is of pseudo-OOD samples."""
+    ood = results["pretrained"][0]["ood_dataset"]
     rows = [
         [f"`{variant}`" if variant else THE_METHOD, mode, *cells(result, mode), format(result["seconds"], ".0f")]
         for variant, result in results["variants"].items()
@@ -54,9 +56,9 @@ def table(results: dict) -> str:
     rows += [
         ["pretrained classifier", row["method"], f"{100 * row['auroc']:.2f}", *["-"] * (len(HEADER) - 3)]
         for row in results["pretrained"]
-        if row["ood_dataset"] == results["pretrained"][0]["ood_dataset"]
+        if row["ood_dataset"] == ood
     ]
-    return markdown(HEADER, rows)
+    return markdown(HEADER, rows) + (f"\n\n{NO_OOD}" if ood == PSEUDO else "")
 
 
 def cells(result: dict, mode: str) -> list[str]:

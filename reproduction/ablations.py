@@ -91,13 +91,13 @@ def read_arguments(args: argparse.Namespace) -> tuple[Request, dict[str, dict[st
         if getattr(args, name) is not None:
             raise UserError(f"{flag(name)} is for a single run; leave it out here and give it to eval")
     request = eval.read_arguments(args)
-    space = request.experiment.task.space
-    default = [variant for variant in VARIANTS if space == "images" or variant != "--tune joint"]
+    jointly = request.experiment.task.space == "images" and request.ood_names
+    default = [variant for variant in VARIANTS if jointly or variant != "--tune joint"]
     variants = dict.fromkeys(default if args.variant is None else args.variant)
-    return request, {variant: variant_options(args, variant, space) for variant in variants}
+    return request, {variant: variant_options(args, variant, request) for variant in variants}
 
 
-def variant_options(args: argparse.Namespace, variant: str, space: str) -> dict[str, object]:
+def variant_options(args: argparse.Namespace, variant: str, request: Request) -> dict[str, object]:
     """The options of stage 2 of a variant. Raises `UserError`."""
     words = split_options("--variant", variant)
     where = f"--variant={variant!r}"
@@ -111,7 +111,7 @@ def variant_options(args: argparse.Namespace, variant: str, space: str) -> dict[
         for name, needs in needs_of(FineTuneConfig).items():
             if "tune" in needs:
                 setattr(options, name, getattr(own, name))
-    eval.check_joint(options.tune, space)
+    eval.check_joint(options.tune, request.experiment, request.ood_names)
     own.tune = options.tune  # beside which the variant's own options must count
     try:
         refuse_idle_options(own, FineTuneConfig)

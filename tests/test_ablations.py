@@ -133,9 +133,8 @@ def test_every_variant_is_taken_whatever_all_have(given, variant):
     argv = ["--device", "cpu", *given]
     args = ablations.get_parser().parse_args(argv)
     args.argv = argv
-    config = config_for(
-        eval.read_arguments(args).experiment, "fp32", **ablations.variant_options(args, variant, "images")
-    )
+    request = eval.read_arguments(args)
+    config = config_for(request.experiment, "fp32", **ablations.variant_options(args, variant, request))
     assert config.tune == (variant.split()[1] if "--tune" in variant else "head") and config.num_ind == 6
     pool = 12 if "--pseudo-pool" in given else TASKS["same_dataset_digits"].fine_tuning["pseudo_pool"]
     assert config.pseudo_pool == (0 if config.tune == "joint" else pool)

@@ -28,7 +28,8 @@ from datasets.experiments import (
     with_ood_folders,
 )
 from datasets.tasks import CUSTOM, HELD_OUT, MNIST, RESERVED, TASKS, Experiment, Task
-from evaluation.report import IND_TEST, PSEUDO
+from evaluation.report import IND_TEST, NO_OOD, PSEUDO
+from reproduction import ablations
 from tests.tiny_data import squares, write_folder, write_mnist
 from training.networks import train_command
 from training.train_classifier import build_classifier
@@ -311,6 +312,16 @@ def test_own_images_through_training_and_evaluation(tmp_path, monkeypatch, capsy
     assert f"--tune joint: {no_images}" in capsys.readouterr().err
     assert run(evaluate, *data, "--ood-dataset", "nose") == 2
     assert no_images in capsys.readouterr().err
+    assert run(evaluate, *data, "--epochs", 1, "--tune", "last-layer", "--output", "none.json") == 0
+    assert f"\n{NO_OOD}\n" in capsys.readouterr().out
+    assert {row["ood_dataset"] for row in json.loads((tmp_path / "none.json").read_text())["detection"]} == {PSEUDO}
+    assert run(ablations, *data, "--epochs", 1, "--variant=--tune joint") == 2
+    assert f"--tune joint: {no_images}" in capsys.readouterr().err
+    argv = ["--epochs", 1, "--variant=", "--variant=--sigma 1", "--output", "a.json"]
+    assert run(ablations, *data, *argv) == 0 and f"\n{NO_OOD}\n" in capsys.readouterr().out
+    args = ablations.get_parser().parse_args(list(map(str, data)))
+    args.argv = list(map(str, data))
+    assert "--tune joint" not in ablations.read_arguments(args)[1]
     assert run(evaluate, *data, "--ood-dir", "noise", "--ood-dataset", "nose") == 2
     assert "--ood-dataset nose: custom_sides_1x28 has noise" in capsys.readouterr().err
     assert run(evaluate, *data, "--ood-dir", "noise", "--epochs", 1, "--output", "out.json") == 0
