@@ -13,11 +13,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from cli.errors import UserError, run_command
-from cli.files import check_outputs, short_name
+from cli.files import short_name
 from cli.options import (
     Machine,
     add_machine_arguments,
@@ -103,14 +102,11 @@ def add_baselines_argument(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     from cmg.evaluate import evaluate
-    from datasets.obtain import files_read
 
     request = read_run(args)
     output = args.output or default_output(
         request, changed_options(args, get_parser(), NAMED, None if args.tune == JOINT else FineTuneConfig)
     )
-    images = partial(files_read, request.experiment, request.machine.data_dir, request.ood_names)
-    check_outputs(output, args.save_scores, args.save_detector, inputs=request.paths.values(), images=images)
     baselines = [] if args.baselines is None else list(dict.fromkeys(args.baselines)) or list(POST_HOC)
     evaluate(request, baselines, output, args.save_scores, args.save_detector)
 

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 from csi.options import add_csi_arguments, default_checkpoint, experiment_from_csi_arguments, root
 
 from cli.errors import run_command
-from cli.files import check_outputs, short_name
+from cli.files import short_name
 from cli.options import Machine, changed_options, pick_all
 
 # mode -> (which rows, which view)
@@ -47,8 +46,6 @@ def get_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     from csi.report import report
 
-    from datasets.obtain import files_read
-
     data = experiment_from_csi_arguments(args)
     chosen = [ROWS_AND_VIEW[mode] for mode in pick_all("--mode", args.mode, list(ROWS_AND_VIEW), data.name)]
     names = []
@@ -57,7 +54,6 @@ def main(args: argparse.Namespace) -> None:
     path = args.load_path or default_checkpoint(data, "sup_CSI_linear")
     changed = changed_options(args, get_parser(), NAMED)
     output = args.output or root() / "results" / f"{short_name(f'csi_{data.name}_eval{changed}')}.json"
-    check_outputs(output, inputs=[path], images=partial(files_read, data.experiment, args.data_dir, names))
     report(data, chosen, names, path, Machine.of(args), output, args.argv)
 
 

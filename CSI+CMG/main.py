@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from csi.options import add_csi_arguments, default_checkpoint, experiment_from_csi_arguments, root
 
 from cli.errors import run_command
-from cli.files import check_outputs, short_name
+from cli.files import short_name
 from cli.options import Machine, add_options, add_seeds_argument, changed_options, options_given, pick_all
 from cmg.config import FineTuneConfig
 from datasets.experiments import add_networks_argument
@@ -60,8 +59,6 @@ def get_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     from csi.before_and_after import report_before_and_after
 
-    from datasets.obtain import files_read
-
     data = experiment_from_csi_arguments(args)
     data = replace(data, experiment=data.experiment.with_networks(args.networks))
     names = pick_all("--ood-dataset", args.ood_dataset, data.experiment.task.ood_datasets, data.name)
@@ -71,8 +68,6 @@ def main(args: argparse.Namespace) -> None:
     changed = changed_options(args, get_parser(), NAMED, FineTuneConfig)
     name = short_name(f"csi_cmg_{data.name}_seed{'-'.join(map(str, seeds))}{changed}")
     output = args.output or root() / "results" / f"{name}.json"
-    images = partial(files_read, data.experiment, args.data_dir, names)
-    check_outputs(output, inputs=[csi_path, cvae_path], images=images)
     report_before_and_after(
         data,
         names,

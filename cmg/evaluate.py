@@ -5,18 +5,20 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from cli.errors import UserError
-from cli.files import write_json
+from cli.files import check_outputs, write_json
 from cmg.config import Request, config_for
 from cmg.data import FeatureBank
 from cmg.detector import CMGDetector
 from cmg.results import Results, save_scores
 from cmg.stage2 import Stage2Inputs, load_inputs, run_stage2, split_model
 from datasets.datasetsHelper import Images
+from datasets.obtain import files_read
 from evaluation.report import NO_OOD, format_ind_table, format_table, left_out
 from training.train_feature_cvae import encoder_of, evaluate_feature_cvae, little_explained
 from utils import environment, pick_precision, start_computing
@@ -30,6 +32,8 @@ def evaluate(
     Raises:
         UserError: a checkpoint or the images are not what they should be, or a file cannot be written.
     """
+    images = partial(files_read, request.experiment, request.machine.data_dir, request.ood_names)
+    check_outputs(output, scores, detector, inputs=request.paths.values(), images=images)
     device = start_computing(request.machine.device)
     config = config_for(request.experiment, precision_of(request, device), **request.options)
     inputs = load(request, device)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from cli.files import check_outputs
 from cli.options import Machine
 from cmg.config import FineTuneConfig, config_for
 from cmg.pseudo_ood import decode, draw_codes
 from datasets.datasetsHelper import Images, load_ind, to_float
+from datasets.obtain import files_read
 from datasets.tasks import Experiment
 from evaluation.figure_style import save_figure
 from evaluation.plots import sample_grid
@@ -31,6 +34,7 @@ def draw_samples(
 ) -> None:
     """Draw what the CVAE in `path` makes, with `options` of stage 2. Raises `UserError` when the checkpoint or the
     images cannot be read."""
+    check_outputs(output, inputs=[path], images=partial(files_read, experiment, machine.data_dir))
     device = start_computing(machine.device)
     cvae, _ = load_stage1(experiment, "train_cvae", path, device)
     _, test = load_ind(experiment, machine.data_dir)

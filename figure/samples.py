@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 from cli.errors import UserError, run_command
-from cli.files import check_outputs, short_name
+from cli.files import short_name
 from cli.options import (
     Machine,
     add_machine_arguments,
@@ -46,7 +45,6 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    from datasets.obtain import files_read
     from figure.draw_samples import draw_samples
 
     experiment = experiment_from_arguments(args)
@@ -57,7 +55,6 @@ def main(args: argparse.Namespace) -> None:
     name = short_name(f"{experiment.name}_{experiment.partition}_samples")
     output = args.output or Path("results") / f"{name}.png"
     path = args.params_dict_name2 or experiment.checkpoint("train_cvae")
-    check_outputs(output, inputs=[path], images=partial(files_read, experiment, args.data_dir))
     if output.suffix.lower() != ".png":
         raise UserError(f"--output {output}: is written as PNG; give it a name that ends in .png")
     refuse_idle_options(args, FineTuneConfig)

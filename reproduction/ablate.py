@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
-from cli.files import write_json
+from cli.files import check_outputs, write_json
 from cmg.config import Request, config_for
 from cmg.evaluate import describe, load, precision_of
 from cmg.stage2 import run_stage2
+from datasets.obtain import files_read
 from evaluation.report import NO_OOD, PRETRAINED, PSEUDO, THE_METHOD, markdown, mean_and_sd
 from utils import start_computing
 
@@ -25,6 +27,8 @@ def ablate(request: Request, variants: Mapping[str, Mapping[str, object]], outpu
         "pretrained": detection rows of the classifier before fine-tuning; "variants": for each variant its
         "config", "detection" and "ind" rows, "runs" and "seconds".
     """
+    images = partial(files_read, request.experiment, request.machine.data_dir, request.ood_names)
+    check_outputs(output, inputs=request.paths.values(), images=images)
     device = start_computing(request.machine.device)
     precision = precision_of(request, device)
     inputs = load(request, device)

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 import eval
 from cli.errors import UserError, run_command
-from cli.files import check_outputs, short_name
+from cli.files import short_name
 from cli.options import (
     flag,
     needs_of,
@@ -66,14 +65,11 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    from datasets.obtain import files_read
     from reproduction.ablate import ablate, table
 
     request, variants = read_arguments(args)
     name = short_name(f"ablations_{request.experiment.name}_{request.experiment.partition}")
     output = args.output or Path("results") / f"{name}.json"
-    images = partial(files_read, request.experiment, request.machine.data_dir, request.ood_names)
-    check_outputs(output, inputs=request.paths.values(), images=images)
     results = ablate(request, variants, output)
     print(f"\n{table(results)}\n\nwrote {output}")
 

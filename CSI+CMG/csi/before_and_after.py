@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,11 +16,12 @@ from csi.report import csi_rows
 from csi.scores import VIEWS
 
 from cli.errors import UserError
-from cli.files import write_json
+from cli.files import check_outputs, write_json
 from cli.options import Machine
 from cmg.config import FineTuneConfig, config_for
 from cmg.data import Stage2Data, load_data
 from cmg.stage2 import Split, Stage2
+from datasets.obtain import files_read
 from evaluation.report import PRETRAINED, format_ind_table, format_table
 from models.vae import ConditionalVAE
 from training.networks import load_stage1, train_command
@@ -43,6 +45,8 @@ def report_before_and_after(
     Raises:
         UserError: a checkpoint or the images are not what they should be.
     """
+    images = partial(files_read, data.experiment, machine.data_dir, ood_names)
+    check_outputs(output, inputs=[csi_path, cvae_path], images=images)
     device = start_computing(machine.device)
     precision = pick_precision(machine.precision, device, data.experiment.task.precision)
     config = config_for(data.experiment, precision, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -12,10 +13,11 @@ from csi.network import CSINet, load_finished
 from csi.options import CSIData
 from csi.scores import VIEWS
 
-from cli.files import write_json
+from cli.files import check_outputs, write_json
 from cli.options import Machine
 from cmg.scores import msp
 from datasets.datasetsHelper import Images, load_ind, load_ood
+from datasets.obtain import files_read
 from evaluation.report import PRETRAINED, detection_row, format_ind_table, format_table, ind_metrics
 from utils import environment, pick_precision, start_computing
 
@@ -37,6 +39,7 @@ def report(
     Raises:
         UserError: the checkpoint or the images are not what they should be.
     """
+    check_outputs(output, inputs=[path], images=partial(files_read, data.experiment, machine.data_dir, ood_names))
     device = start_computing(machine.device)
     precision = pick_precision(machine.precision, device, data.experiment.task.precision)
     model, origin = load_finished(path, data, device)
