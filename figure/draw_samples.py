@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cli.errors import UserError
 from cli.files import check_outputs
 from cli.options import Machine
 from cmg.config import FineTuneConfig, config_for
@@ -33,8 +34,10 @@ def draw_samples(
     machine: Machine,
 ) -> None:
     """Draw what the CVAE in `path` makes, with `options` of stage 2. Raises `UserError` when the checkpoint or the
-    images cannot be read."""
+    images cannot be read, or the picture cannot be written."""
     check_outputs(output, inputs=[path], images=partial(files_read, experiment, machine.data_dir))
+    if output.suffix.lower() != ".png":
+        raise UserError(f"--output {output}: is written as PNG; give it a name that ends in .png")
     device = start_computing(machine.device)
     cvae, _ = load_stage1(experiment, "train_cvae", path, device)
     _, test = load_ind(experiment, machine.data_dir)

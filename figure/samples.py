@@ -55,8 +55,6 @@ def main(args: argparse.Namespace) -> None:
     name = short_name(f"{experiment.name}_{experiment.partition}_samples")
     output = args.output or Path("results") / f"{name}.png"
     path = args.params_dict_name2 or experiment.checkpoint("train_cvae")
-    if output.suffix.lower() != ".png":
-        raise UserError(f"--output {output}: is written as PNG; give it a name that ends in .png")
     refuse_idle_options(args, FineTuneConfig)
     draw_samples(experiment, path, output, options_given(args, FineTuneConfig), args.seed, Machine.of(args))
 
