@@ -28,7 +28,7 @@ from cli.options import (
     pick_all,
     refuse_idle_options,
 )
-from cmg.config import JOINT, FineTuneConfig, Request
+from cmg.config import JOINT, RECIPES, FineTuneConfig, Request, with_recipe
 from cmg.losses import MODES
 from datasets.experiments import add_data_arguments, add_experiment_arguments, experiment_from_arguments
 from datasets.tasks import COMMANDS, Experiment
@@ -39,7 +39,7 @@ from training.config import LEARNING_RATE
 NAMED = (
     "ood_dataset",
     *option_fields(FineTuneConfig),
-    *("space", "precision", "ood_dir", "baselines", "params_dict_name", "params_dict_name2"),
+    *("recipe", "precision", "ood_dir", "baselines", "params_dict_name", "params_dict_name2"),
 )
 
 
@@ -51,7 +51,6 @@ def get_parser() -> argparse.ArgumentParser:
         "--mode",
         nargs="+",
         choices=[*MODES, "all"],
-        default=["all"],
         help="Modes, each a loss and a score (default: all)",
     )
     parser.add_argument(
@@ -76,6 +75,7 @@ def get_parser() -> argparse.ArgumentParser:
     method = parser.add_argument_group(
         "the method", "The defaults are the paper's, or the task's own; anything else is another experiment"
     )
+    add_recipe_argument(method)
     add_options(
         method,
         FineTuneConfig,
@@ -86,6 +86,16 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add_data_arguments(parser)
     return parser
+
+
+def add_recipe_argument(parser: argparse._ActionsContainer) -> None:
+    """Options that go together."""
+    parser.add_argument(
+        "--recipe",
+        choices=list(filter(None, RECIPES)),
+        help="Options that go together, beside which others count: steady, a fine-tuning of which the last step can be "
+        "taken, in feature space (docs/recipe.md; default: none, the method)",
+    )
 
 
 def add_baselines_argument(parser: argparse.ArgumentParser) -> None:
@@ -113,11 +123,15 @@ def main(args: argparse.Namespace) -> None:
 
 def read_arguments(args: argparse.Namespace) -> Request:
     """Check the arguments before anything is loaded. Raises `UserError`."""
+    args = with_recipe(args)
     experiment = experiment_from_arguments(args)
     modes = pick_all("--mode", args.mode, list(MODES), experiment.name)
     ood_names = pick_ood(args, experiment.name, experiment.task.ood_datasets)
     seeds = list(dict.fromkeys(args.seeds))
     check_joint(args.tune, experiment, ood_names)
+    if args.least_explained and experiment.task.space != "features":
+        given = f"--recipe {args.recipe}" if args.recipe else "--least-explained"
+        raise UserError(f"{given} goes with --space features only; leave one of them out")
     if args.save_detector and args.tune == JOINT:
         raise UserError("--save-detector goes with --tune head or last-layer only; leave it out")
     if args.save_detector and len(modes) * len(seeds) > 1:
@@ -153,7 +167,7 @@ def check_joint(tune: str, experiment: Experiment, ood_names: Sequence[str]) -> 
 def read_run(args: argparse.Namespace) -> Request:
     """`read_arguments`, for one run: no option may be given that it would not look at."""
     request = read_arguments(args)
-    refuse_idle_options(args, FineTuneConfig)
+    refuse_idle_options(with_recipe(args), FineTuneConfig)
     return request
 
 
@@ -161,6 +175,7 @@ def default_output(request: Request, changed: str) -> Path:
     """results/TASK_PARTITION_MODES_seedSEEDS.json, with what was changed of the method before the dot; a long one ends
     in a hash, and the file itself tells the options."""
     modes, seeds = "+".join(request.modes), "-".join(map(str, request.seeds))
+    changed = "_space-features" * (request.experiment.task.space == "features") + changed
     name = f"{request.experiment.name}_{request.experiment.partition}_{modes}_seed{seeds}{changed}"
     return Path("results") / f"{short_name(name)}.json"
 

@@ -32,6 +32,7 @@ from cli.options import (
     positive_int,
 )
 from cli.progress import counted
+from cmg.config import with_recipe
 from cmg.losses import MODES
 from datasets.experiments import (
     add_data_arguments,
@@ -50,7 +51,18 @@ ABLATION_SEEDS = ("1", "2", "3")
 DRAWN, ABLATED = "samples.png", "ablations.json"  # files of the first job
 DETECTOR = "detector.pt"  # the best one for the user's own images
 SHARED = (
-    *("task", "networks", "space", "ind_dir", "ood_dir", "image_size", "grey", "backbone", "backbone_weights"),
+    *(
+        "task",
+        "networks",
+        "space",
+        "recipe",
+        "ind_dir",
+        "ood_dir",
+        "image_size",
+        "grey",
+        "backbone",
+        "backbone_weights",
+    ),
     *("ood_dataset", "baselines", "device", "data_dir"),
 )
 FILES = ("output", "save_scores", "params_dict_name", "params_dict_name2", "classifier")
@@ -99,9 +111,8 @@ def get_parser() -> argparse.ArgumentParser:
         default=1,
         help="Number of seeds of stage 2 for each training seed (default: %(default)s)",
     )
-    parser.add_argument(
-        "--modes", nargs="+", choices=[*MODES, "all"], default=["all"], help="Modes of CMG (default: all)"
-    )
+    parser.add_argument("--modes", nargs="+", choices=[*MODES, "all"], dest="mode", help="Modes of CMG (default: all)")
+    eval.add_recipe_argument(parser)
     parser.add_argument("--ood-dataset", nargs="+", default=["all"], help="OOD sets (default: all of the task)")
     eval.add_baselines_argument(parser)
     parser.add_argument(
@@ -195,15 +206,18 @@ def main(args: argparse.Namespace) -> None:
 
 def make_jobs(args: argparse.Namespace) -> tuple[str, list[Job]]:
     """The name of the task and its jobs, one for each partition and training seed. Raises `UserError`."""
+    args = with_recipe(args, ("space", "mode"))
     experiment = experiment_from_arguments(args)
     task_name, task = experiment.name, experiment.task
     partitions = pick_all("--partitions", args.partitions, list(task.partitions), task_name)
-    modes = pick_all("--modes", args.modes, list(MODES), task_name)
+    modes = pick_all("--modes", args.mode, list(MODES), task_name)
     ood_names = eval.pick_ood(args, task_name, task.ood_datasets)
     in_features = task.space == "features"
-    root = args.output or Path("results") / short_name(f"{task_name}{'_features' * in_features}")
+    called = f"{task_name}{'_features' * in_features}{f'_{args.recipe}' if args.recipe else ''}"
+    root = args.output or Path("results") / short_name(called)
     which = [*experiment.task_options]
     which += [word for ood_dir in args.ood_dir for word in ("--ood-dir", str(ood_dir))]
+    recipe = ("--recipe", args.recipe) if args.recipe else ()
     which += ["--precision", args.precision] if args.precision != "auto" else []
     machine = ["--data-dir", str(args.data_dir), *(["--device", args.device] if args.device else [])]
     more = {
@@ -230,7 +244,14 @@ def make_jobs(args: argparse.Namespace) -> tuple[str, list[Job]]:
                 classifier, cvae = steps
                 steps[1] = replace(cvae, argv=(*cvae.argv, "--classifier", str(networks["classifier"])))
             loaded = ("--params-dict-name", str(networks["classifier"]), "--params-dict-name2", str(networks["cvae"]))
-            tested = (*of_job, *(("--ood-dataset", *ood_names) if ood_names else ()), "--mode", *modes, *loaded)
+            tested = (
+                *of_job,
+                *(("--ood-dataset", *ood_names) if ood_names else ()),
+                "--mode",
+                *modes,
+                *recipe,
+                *loaded,
+            )
             result, scores = outputs(folder)
             options = ("--seeds", *map(str, tuning_seeds(seed, args.tuning_seeds)))
             options += ("--output", str(result), "--save-scores", str(scores))

@@ -6,6 +6,8 @@ here, and the line of the method that reads it. Imports no torch, so that `--hel
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from cli.options import Machine, number, option, positive_float, positive_int
 from cmg.losses import MODES
 from cmg.mixing import MIXINGS, PAIRS
 from cmg.scores import SCORES
-from datasets.tasks import Experiment
+from datasets.tasks import SPACES, Experiment
 from training.config import LEARNING_RATE
 
 JOINT = "joint"  # of `tune`: nothing is fine-tuned, a whole new classifier is trained
@@ -114,6 +116,13 @@ class FineTuneConfig:
         type=number(float, least=0, most=1),
         needs=FINE_TUNING,
     )
+    least_explained: float = option(
+        0.0,
+        help="Share of the variance of the IND training features that a CVAE of features must explain; below it the "
+        "head stays as it is",
+        type=number(float, least=0, most=1),
+        needs={"tune": ("head",)},
+    )
     eval_every: int = option(
         100,
         "--eval-every",
@@ -128,6 +137,28 @@ class FineTuneConfig:
     def score_of(self, mode: str) -> str:
         """The key of `SCORES` with which a head of `mode` is scored."""
         return self.score or MODES[mode].score
+
+
+# Options of `eval` under one name, docs/recipe.md; none is the method.
+RECIPES: dict[str | None, dict[str, object]] = {
+    None: {"space": SPACES[0], "mode": ["all"]},
+    "steady": {
+        "space": "features",
+        "mode": ["CMG-energy"],
+        "pairs": "distinct",
+        "margins": (0.95, 0.05),
+        "interpolation": 0.5,
+        "least_explained": 0.75,
+    },
+}
+
+
+def with_recipe(args: argparse.Namespace, only: Collection[str] | None = None) -> argparse.Namespace:
+    """The arguments with what their recipe says, or `only` some of it, in the place of what was not given."""
+    options = {name: value for name, value in RECIPES[args.recipe].items() if only is None or name in only}
+    return argparse.Namespace(
+        **vars(args) | {name: value for name, value in options.items() if getattr(args, name) is None}
+    )
 
 
 def config_for(experiment: Experiment, precision: str, **given: object) -> FineTuneConfig:

@@ -42,7 +42,7 @@ def evaluate(
         inputs, config, request.modes, request.seeds, score_pseudo=scores is not None, baselines=baselines
     )
     tables = results.tables()
-    about = describe("eval", request, inputs, device) | {"config": asdict(config)}
+    about = describe("eval", request, inputs, device) | {"config": asdict(results.config)}
     remarks = [] if inputs.data.ood else [NO_OOD]
     if inputs.cvae.makes == "features":
         test = inputs.data.test
@@ -52,6 +52,11 @@ def evaluate(
             features = encoder_of(inputs.classifier)(test, config.precision, device)
         about["generator"] = evaluate_feature_cvae(inputs.cvae, features, config.num_ind, config.precision)
         remarks += filter(None, [little_explained(about["generator"])])
+    if results.config != config:
+        remarks.append(
+            f"The head stays as it was: the generator explains less than {100 * config.least_explained:.0f} % of the "
+            "variance of the IND training features (--least-explained)"
+        )
     write_json(output, about | tables)
     written = [str(output)]
     if scores:

@@ -19,7 +19,7 @@ from cmg.detector import CMGDetector
 from datasets.datasetsHelper import to_float
 from datasets.folders import Chunk, no_images, read_chunks, search
 from evaluation.report import align
-from models.inference import CHUNK
+from models.inference import chunk_size
 from utils import autocast, start_computing
 
 VERDICTS = ("IND", "OOD")
@@ -49,7 +49,9 @@ def predict(
     detector = CMGDetector.load(detector_path, device, precision)
     # Without --csv the output is the table, which lines of progress would spoil where it is redirected.
     progress = Progress(len(paths), "predicting", enabled=bool(output) or sys.stderr.isatty())
-    predictions = predict_files(detector, paths, batch_size or CHUNK[device.type], progress)
+    predictions = predict_files(
+        detector, paths, batch_size or chunk_size(device, detector.read_shape[1] ** 2), progress
+    )
     predictions += [Prediction(str(path), error=complaint) for path, complaint in complaints.items()]
     progress.close()
 

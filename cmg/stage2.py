@@ -17,6 +17,7 @@ from cmg.engine import Run, fine_tune
 from cmg.joint import train_jointly
 from cmg.pseudo_ood import PseudoOOD
 from cmg.results import Results, Scored, compare, pretrained_scores, run_scores
+from datasets.datasetsHelper import Images
 from datasets.tasks import Experiment
 from evaluation.report import PSEUDO
 from models.backbone import Backbone
@@ -26,6 +27,7 @@ from models.vae import ClassConditionalVAE
 from training.backbone import prepare
 from training.checkpoints import weights_checksum
 from training.networks import load_networks
+from training.train_feature_cvae import evaluate_feature_cvae
 from utils import generator
 
 TUNABLE = {"head": "classifier", "last-layer": "classifier.fc2"}  # what --tune names -> submodule of MainModel
@@ -116,7 +118,19 @@ class Stage2:
         self, bank: FeatureBank, modes: Sequence[str], seeds: Sequence[int], show_progress: bool = True
     ) -> list[Run]:
         """A copy of the head, fine-tuned, for every mode and seed."""
-        return fine_tune(self.head, bank, self.pseudo, modes, seeds, show_progress)
+        return fine_tune(self.head, bank, self.heeding(bank).pseudo, modes, seeds, show_progress)
+
+    def heeding(self, bank: FeatureBank) -> Stage2:
+        """The same, or where the CVAE explains less of the IND training features than `least_explained`, with a head
+        that stays as it is."""
+        config = self.pseudo.config
+        if not config.least_explained:
+            return self
+        known = Images(bank.train, bank.train_labels)
+        explained = evaluate_feature_cvae(self.pseudo.vae, known, config.num_ind, config.precision)["explained"]
+        if explained >= config.least_explained:
+            return self
+        return replace(self, pseudo=replace(self.pseudo, config=replace(config, interpolation=0.0)))
 
     def results(
         self,
@@ -131,7 +145,7 @@ class Stage2:
         scored = [*pretrained_scores(self.head, bank), *compared]
         for run in runs:
             scored += run_scores(self.head, bank, run, self.pseudo, score_pseudo)
-        return Results(scored, runs, bank, self.pseudo.config)
+        return Results(scored, runs, bank, self.heeding(bank).pseudo.config)
 
 
 def run_stage2(

@@ -166,9 +166,8 @@ def add_space_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--space",
         choices=SPACES,
-        default=SPACES[0],
         help="What the CVAE makes: images, as in the method, or features of the classifier's frozen extractor "
-        "(default: %(default)s)",
+        f"(default: {SPACES[0]})",
     )
 
 
@@ -223,7 +222,7 @@ def experiment_from_arguments(args: argparse.Namespace) -> Experiment:
     name, task = custom_from_arguments(args) if args.task == CUSTOM else registered_from_arguments(args)
     if backbone:
         return Experiment.of(name, task, args.partition).with_backbone(backbone)
-    return Experiment.of(name, task, args.partition).with_networks(args.networks).in_space(args.space)
+    return Experiment.of(name, task, args.partition).with_networks(args.networks).in_space(args.space or SPACES[0])
 
 
 def backbone_from_arguments(args: argparse.Namespace) -> BackboneChoice | None:

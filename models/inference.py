@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import torch
@@ -12,8 +13,15 @@ from torch.fx.experimental.optimization import fuse
 from cli.progress import Progress
 from utils import autocast
 
-# Images at once: what keeps a GPU busy; what a processor holds in its caches (2,048 are 1.6 times slower there).
+# Images at once: what keeps a GPU busy; what a processor holds in its caches (2,048 are 1.6 times slower there). Of
+# large images so many pixels, for which the memory is there.
 CHUNK = {"cuda": 2048, "cpu": 128}
+CHUNK_PIXELS = {"cuda": 2**23, "cpu": 2**18}
+
+
+def chunk_size(device: torch.device, pixels: int = 1) -> int:
+    """How many images of so many pixels each go through a network at once."""
+    return max(1, min(CHUNK[device.type], CHUNK_PIXELS[device.type] // pixels))
 
 
 def for_inference(network: nn.Module) -> nn.Module:
@@ -42,7 +50,7 @@ def in_chunks(
     are brought, or where `inputs` is."""
     outputs, device = [], device or inputs.device
     with autocast(device, precision):
-        for part in inputs.split(CHUNK[device.type]):
+        for part in inputs.split(chunk_size(device, math.prod(inputs.shape[2:]))):
             outputs.append(function(part.to(device)).float())
             if progress:
                 progress.advance(len(part))

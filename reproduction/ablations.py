@@ -3,11 +3,10 @@
     python -m reproduction.ablations --task same_dataset_mnist --partition partition1 --seeds 1 2 3
     python -m reproduction.ablations --pseudo-pool 12000 --variant='--sigma 1' --variant='--margins 0.95 0.05'
 
-takes the options of eval, except --baselines, --save-scores and --save-detector; each variant adds options of the
-method to them. AUROC in per cent on the task's first OOD set, mean ± standard deviation over the
-seeds of stage 2: before the first step, the best evaluation and its step, at the step chosen on IND images where some
-were kept from training, after the last step. The table goes to the terminal, everything behind it to
-a JSON file.
+takes the options of eval, except --recipe, --baselines, --save-scores and --save-detector; each variant adds options of
+the method to them. AUROC in per cent on the task's first OOD set, mean ± standard deviation over the seeds of stage 2:
+before the first step, the best evaluation and its step, at the step chosen on IND images where some were kept from
+training, after the last step. The table goes to the terminal, everything behind it to a JSON file.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from cli.options import (
     refuse_idle_options,
     split_options,
 )
-from cmg.config import JOINT, FineTuneConfig, Request
+from cmg.config import JOINT, FineTuneConfig, Request, with_recipe
 
 VARIANTS = (
     "",
@@ -49,7 +48,7 @@ VARIANTS = (
     "--loss-energy ind",
     "--score energy-all",
 )
-OF_ONE_RUN = ("baselines", "save_scores", "save_detector")
+OF_ONE_RUN = ("recipe", "baselines", "save_scores", "save_detector")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -108,6 +107,7 @@ def variant_options(args: argparse.Namespace, variant: str, request: Request) ->
             if "tune" in needs:
                 setattr(options, name, getattr(own, name))
     eval.check_joint(options.tune, request.experiment, request.ood_names)
+    own = with_recipe(own)
     own.tune = options.tune  # beside which the variant's own options must count
     try:
         refuse_idle_options(own, FineTuneConfig)
