@@ -133,7 +133,7 @@ OF_BACKBONES = {
     "feature_epochs": 20,
     "batch_size": 128,
     "augment": False,
-    "fine_tuning": {"eval_every": 20},
+    "fine_tuning": {},
 }
 
 # What --networks may be, for images of 32x32 pixels -> family.

@@ -23,12 +23,14 @@ import figure.samples
 import predict
 import reproduce
 import train
+from benchmarks import backbone as benchmark
 from cli.errors import UserError
 from cmg.detector import CMGDetector
 from cmg.losses import MODES
 from datasets.tasks import BackboneChoice
 from evaluation.report import NO_OOD
 from models.backbone import Backbone, without_classifier
+from models.inference import chunk_size
 from models.layers import Standardise
 from reproduction import launchers
 from reproduction.best import best_detector
@@ -41,6 +43,28 @@ from utils import load_checkpoint, save_checkpoint
 
 TINY = "tests.tiny_backbone:tiny"
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("pixels", "images"), [(1, 128), (32 * 32, 128), (128 * 128, 16), (1024 * 1024, 1)])
+def test_large_images_go_through_in_small_chunks(pixels, images):
+    assert chunk_size(CPU, pixels) == images
+
+
+def test_the_benchmark_computes_the_features_anew_in_every_round(monkeypatch, capsys):
+    computed = []
+
+    class Counting(Backbone):
+        def forward(self, images):
+            computed.append(len(images))
+            return super().forward(images)
+
+    monkeypatch.setattr(tiny_backbone, "counting", lambda: Counting(Means(), 16), raising=False)
+    argv = ("--backbone", "tests.tiny_backbone:counting", "--image-size", 16, "--images", 20, "--rounds", 2)
+    assert run(benchmark, *argv, "--device", "cpu", "--precision", "fp32") == 0
+    measured = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert computed == [1, *[20] * 6]  # to count the features; twice in each round and the one before them
+    share = measured["images_per_second"] / measured["floor_images_per_second"]
+    assert measured["floor_share"] == pytest.approx(share, rel=0.01) and measured["images"] == 20
 
 
 # --- the network --------------------------------------------------------------------------------

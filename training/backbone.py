@@ -141,7 +141,16 @@ def prepare(experiment: Experiment, data_dir: Path) -> tuple[Experiment, Encode,
     choice = experiment.task.backbone
     if choice is None:
         return experiment, lambda images, precision, device: images, None
-    backbone = load_backbone(choice).to(memory_format=torch.channels_last)
+    backbone = load_backbone(choice)
+    count, encode = encoder(backbone, Path(data_dir) / "features")
+    resolved = replace(choice, size=backbone.size)
+    task = replace(experiment.task, image_channels=count, image_size=1, backbone=resolved)
+    return replace(experiment, task=task), encode, backbone
+
+
+def encoder(backbone: Backbone, folder: Path) -> tuple[int, Encode]:
+    """How many features a backbone gives, and what computes them, or finds them in `folder`. Raises `UserError`."""
+    backbone.to(memory_format=torch.channels_last)
     count = features_of(backbone, torch.zeros(1, 3, backbone.size, backbone.size)).shape[1]
     weights = hashlib.sha256(f"{backbone.name} {backbone.size} {backbone.interpolation}".encode())
     for tensor in backbone.state_dict().values():
@@ -151,7 +160,7 @@ def prepare(experiment: Experiment, data_dir: Path) -> tuple[Experiment, Encode,
         key = weights.copy()
         key.update(f"{precision} {list(images.shape)}".encode())
         key.update(images.numpy().tobytes())
-        path = Path(data_dir) / "features" / f"{key.hexdigest()[:32]}.pt"
+        path = folder / f"{key.hexdigest()[:32]}.pt"
         if (kept := read_features(path, len(images), count)) is not None:
             return kept
         backbone.to(device)
@@ -167,9 +176,7 @@ def prepare(experiment: Experiment, data_dir: Path) -> tuple[Experiment, Encode,
         save_checkpoint(path, {"features": features})
         return features
 
-    resolved = replace(choice, size=backbone.size)
-    task = replace(experiment.task, image_channels=count, image_size=1, backbone=resolved)
-    return replace(experiment, task=task), encode, backbone
+    return count, encode
 
 
 def features_of(backbone: Backbone, images: Tensor) -> Tensor:
