@@ -242,6 +242,8 @@ NOT_OF_THIS = "is not a state of this training ("
         (lambda state: state | {"sums": {"loss": torch.zeros(2)}}, NO_STATE),
         (without("sums"), NO_STATE),
         (lambda state: state | {"history": [{"epoch": torch.tensor(1)}]}, NO_STATE),
+        (lambda state: with_moments(state, step="one"), NOT_OF_THIS + "step of a parameter holds what no step gives"),
+        (lambda state: with_moments(state, exp_avg=torch.tensor(1j)), NOT_OF_THIS + "exp_avg of a parameter holds"),
         (lambda state: with_moments(state, step=torch.tensor(-1.0)), NOT_OF_THIS + "step of a parameter holds what no"),
         (lambda state: with_moments(state, exp_avg_sq=torch.tensor(-1.0)), NOT_OF_THIS + "exp_avg_sq of a parameter"),
         (lambda state: with_moments(state, exp_avg=torch.tensor(math.nan)), NOT_OF_THIS + "exp_avg of a parameter"),

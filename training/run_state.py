@@ -233,18 +233,33 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, begun: bool) -
     """
     parts = getattr(optimizer, "optimizers", (optimizer,))
     own = [[{k: v for k, v in group.items() if k != "params"} for group in part.param_groups] for part in parts]
+    check_moments(state)
     optimizer.load_state_dict(state)
     for part, options in zip(parts, own, strict=True):
         for group, given in zip(part.param_groups, options, strict=True):
             group.update(given)
             for parameter in group["params"]:
-                check_moments(part, parameter, begun)
+                check_moments_of(part, parameter, begun)
 
 
 MOMENTS = {torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"}}  # what there is of each parameter after a step
+ALL_MOMENTS = set().union(*MOMENTS.values())
 
 
-def check_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, begun: bool) -> None:
+def check_moments(state: object) -> None:
+    """Raise `ValueError` where what is kept of a parameter, at any depth of `state`, are no real numbers: torch would
+    turn them into some."""
+    for name, value in (
+        state.items() if isinstance(state, dict) else enumerate(state if isinstance(state, list) else ())
+    ):
+        if (name in ALL_MOMENTS and not isinstance(value, Tensor)) or (
+            isinstance(value, Tensor) and not value.is_floating_point()
+        ):
+            raise ValueError(f"{name} of a parameter holds what no step gives")
+        check_moments(value)
+
+
+def check_moments_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, begun: bool) -> None:
     """Raise `ValueError` where an optimizer lacks moments of a parameter, or has some of another shape: torch would
     read beyond their end."""
     state = optimizer.state.get(parameter, {})
