@@ -128,10 +128,7 @@ def read_arguments(args: argparse.Namespace) -> Request:
     modes = pick_all("--mode", args.mode, list(MODES), experiment.name)
     ood_names = pick_ood(args, experiment.name, experiment.task.ood_datasets)
     seeds = list(dict.fromkeys(args.seeds))
-    check_joint(args.tune, experiment, ood_names)
-    if args.least_explained and experiment.task.space != "features":
-        given = f"--recipe {args.recipe}" if args.recipe else "--least-explained"
-        raise UserError(f"{given} goes with --space features only; leave one of them out")
+    check_fine_tuning(args, experiment, ood_names)
     if args.save_detector and args.tune == JOINT:
         raise UserError("--save-detector goes with --tune head or last-layer only; leave it out")
     if args.save_detector and len(modes) * len(seeds) > 1:
@@ -155,12 +152,16 @@ def pick_ood(args: argparse.Namespace, task_name: str, known: Sequence[str]) -> 
     return pick_all("--ood-dataset", args.ood_dataset, known, task_name) if known or args.ood_dataset != ["all"] else []
 
 
-def check_joint(tune: str, experiment: Experiment, ood_names: Sequence[str]) -> None:
-    """Raise `UserError` where a whole classifier is to be trained against features, or there are no OOD images: each
-    run has features of its own, in which nothing stands for them."""
-    if tune == JOINT and experiment.task.space == "features":
+def check_fine_tuning(args: argparse.Namespace, experiment: Experiment, ood_names: Sequence[str]) -> None:
+    """Raise `UserError` where the options of stage 2 do not go with the task: features are to be explained where there
+    are none, or a whole classifier is to be trained against features, or without OOD images: each run has features of
+    its own then, in which nothing stands for them."""
+    if args.least_explained and experiment.task.space != "features":
+        given = f"--recipe {args.recipe}" if args.recipe else "--least-explained"
+        raise UserError(f"{given} goes with --space features only; leave one of them out")
+    if args.tune == JOINT and experiment.task.space == "features":
         raise UserError("--tune joint trains the whole classifier on images, and the CVAE makes features; leave it out")
-    if tune == JOINT and not ood_names:
+    if args.tune == JOINT and not ood_names:
         raise UserError(f"--tune joint: {experiment.name} has no OOD images; name a folder of them with --ood-dir DIR")
 
 

@@ -146,8 +146,8 @@ RECIPES: dict[str | None, dict[str, object]] = {
         "space": "features",
         "mode": ["CMG-energy"],
         "pairs": "distinct",
-        "margins": (0.95, 0.05),
-        "interpolation": 0.5,
+        "anchor": 0.01,
+        "interpolation": 0.75,
         "least_explained": 0.75,
     },
 }

@@ -106,7 +106,7 @@ def variant_options(args: argparse.Namespace, variant: str, request: Request) ->
         for name, needs in needs_of(FineTuneConfig).items():
             if "tune" in needs:
                 setattr(options, name, getattr(own, name))
-    eval.check_joint(options.tune, request.experiment, request.ood_names)
+    eval.check_fine_tuning(options, request.experiment, request.ood_names)
     own = with_recipe(own)
     own.tune = options.tune  # beside which the variant's own options must count
     try:

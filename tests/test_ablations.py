@@ -84,6 +84,7 @@ def test_a_variant_that_is_no_option_of_eval_is_named(place, monkeypatch, capsys
         "--sigma none": "--variant='--sigma none': argument --sigma: 'none' is not a number",
         "--sigmas 1": "--variant='--sigmas 1': unrecognized arguments: --sigmas 1",
         "--mixing 'coin": """--variant: "--mixing 'coin" cannot be split into options: no closing quotation""",
+        "--least-explained 0.5": "--least-explained goes with --space features only; leave one of them out",
         joint: f"--variant={joint!r}: --anchor goes with --tune head or last-layer only; leave it out",
     }.items():
         assert run_ablations(f"--variant={variant}", "--output", "c.json") == 2
@@ -109,13 +110,16 @@ def test_a_variant_that_changes_something_else_is_refused(place, monkeypatch, ca
     assert run_ablations(f"--variant={variant}", "--output", "c.json") == 2
     changes = (
         "--sigma, --epochs, --batch-size, --lr, --mu, --margins, --mixing, --mixing-probability, --pairs, "
-        "--pseudo-batch-size, --pseudo-pool, --loss-energy, --score, --tune, --anchor, --interpolation, --eval-every"
+        "--pseudo-batch-size, --pseudo-pool, --loss-energy, --score, --tune, --anchor, --interpolation, "
+        "--least-explained, --eval-every"
     )
     message = f"--variant={variant!r}: {flag} is the same for all; a variant changes {changes}"
     assert capsys.readouterr().err == f"reproduction.ablations: error: {message}\n" and not Path("c.json").exists()
 
 
-@pytest.mark.parametrize("given", [["--baselines"], ["--save-scores", "x.npz"], ["--save-detector", "x.pt"]])
+@pytest.mark.parametrize(
+    "given", [["--baselines"], ["--recipe", "steady"], ["--save-scores", "x.npz"], ["--save-detector", "x.pt"]]
+)
 def test_what_eval_does_for_one_run_is_refused(place, monkeypatch, capsys, given):
     monkeypatch.chdir(place)
     assert run_ablations(*given, "--output", "c.json") == 2

@@ -48,13 +48,13 @@ def rows(path: str) -> list[dict]:
 
 def test_a_recipe_is_its_options_written_out(place, capsys):
     options = RECIPES["steady"]
-    words = [word for name in ("pairs", "interpolation") for word in (f"--{name}", options[name])]
-    words += ["--margins", *options["margins"], "--least-explained", "0", "--mode", *options["mode"]]
+    words = [word for name in ("pairs", "anchor", "interpolation") for word in (f"--{name}", options[name])]
+    words += ["--least-explained", "0", "--mode", *options["mode"]]
     assert run(evaluate, *SHORT, "--recipe", "steady", "--least-explained", "0", "--output", "a.json") == 0
     assert run(evaluate, *SHORT, "--space", options["space"], *words, "--output", "b.json") == 0
     first, second = (json.loads(Path(name).read_text()) for name in ("a.json", "b.json"))
     assert first["detection"] == second["detection"] and first["config"] == second["config"]
-    assert first["config"]["margins"] == list(options["margins"])
+    assert first["config"]["anchor"] == options["anchor"] == 0.01
     assert {row["method"] for row in first["detection"]} == {"MSP", "energy", "CMG-energy"}
 
 
@@ -97,7 +97,6 @@ def test_a_generator_that_explains_little_leaves_the_head_alone(place, capsys, l
     [
         (["--recipe", "steady", "--space", "images"], "--recipe steady goes with --space features only"),
         (["--least-explained", "0.5"], "--least-explained goes with --space features only"),
-        (["--recipe", "steady", "--mode", "CMG-softmax"], "--margins goes with --mode CMG-energy or all only"),
         (["--recipe", "steady", "--tune", "last-layer"], "--least-explained goes with --tune head only"),
         (["--recipe", "stead"], "argument --recipe: invalid choice: 'stead' (choose from"),
     ],
@@ -115,7 +114,7 @@ def test_reproduce_takes_it_in_its_space_and_modes(tmp_path, monkeypatch, capsys
     assert run(reproduce, *argv) == 0
     folder = Path("results/same_dataset_digits_features_steady")
     found = json.loads((folder / "partition2_seed1" / "eval.json").read_text())
-    assert found["config"]["margins"] == [0.95, 0.05] and "explained" in found["generator"]
+    assert found["config"]["anchor"] == 0.01 and "explained" in found["generator"]
     assert {row["method"] for row in found["detection"]} == {"MSP", "energy", "CMG-energy"}
     assert "--eval-args: no --recipe here: give --recipe to reproduce itself" in error_of(
         capsys, reproduce, "--eval-args=--recipe steady"
