@@ -31,10 +31,10 @@ from cmg.data import FeatureBank
 from cmg.scores import SCORES
 from cmg.stage2 import TUNABLE, Stage2, split_model
 from datasets.tasks import BackboneChoice
-from evaluation.baselines import PostHoc, behind
+from evaluation.baselines import PostHoc
 from evaluation.post_hoc import POST_HOC
 from models.backbone import Backbone
-from models.inference import CHUNK, for_inference
+from models.inference import CHUNK, for_inference, in_chunks
 from models.main_model import MainModel
 from models.vae import ClassConditionalVAE
 from training.backbone import load_backbone
@@ -192,7 +192,7 @@ class CMGDetector(FeaturesDetector):
         features [N, F] of IND training images, as `encoder` gives them, and their labels [N]. The head must be tuned as
         a whole, as in the method. Raises `ValueError` as `PostHoc.fit` does."""
         self.adopt(self.model.classifier.state_dict())
-        hidden = behind(self.model, features)
+        hidden = in_chunks(self.model.classifier.hidden, features, "fp32")
         self.post_hoc = PostHoc.fit(name, self.model, hidden, labels, self.finetuning.num_ind)
         return self
 

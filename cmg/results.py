@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from cmg.pseudo_ood import PseudoOOD
 from cmg.scores import PRETRAINED_SCORES, SCORES
 from evaluation.baselines import baseline_scores
 from evaluation.report import IND_TEST, PRETRAINED, PSEUDO, detection_row, ind_metrics
+from models.inference import in_chunks
 from models.main_model import MainModel
 from utils import generator
 
@@ -110,15 +111,25 @@ def run_scores(
 
 def compare(
     classifier: MainModel,
+    hidden: Callable[[Tensor], Tensor],
+    bank: FeatureBank,
     data: Stage2Data,
-    config: FineTuneConfig,
+    num_ind: int,
     names: Sequence[str],
-    extracted: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[Scored], dict[str, str]]:
     """Post-hoc detectors on the pretrained classifier, but those that are shown always; and the reasons of those that
-    are left out, by name. `extracted` are OOD sets of which there are no images, but the extractor's features."""
-    sets = {IND_TEST: data.test.images} | data.ood
-    found, left_out = baseline_scores(classifier, data.train, sets, config.num_ind, config.precision, names, extracted)
+    are left out, by name.
+
+    Args:
+        hidden: from features of the bank to what the last layer sees, [B, F] -> [B, 512]; runs in fp32.
+    """
+
+    def seen(features: Tensor) -> Tensor:
+        return in_chunks(hidden, features, "fp32").cpu()
+
+    features = {name: seen(part) for name, part in test_sets(bank).items()}
+    images = {IND_TEST: data.test.images} | data.ood
+    found, left_out = baseline_scores(classifier, seen(bank.train), bank.train_labels, features, images, num_ind, names)
     compared = [Scored(name, None, PRETRAINED, None, found[name]) for name in found if name not in PRETRAINED_SCORES]
     return compared, left_out
 

@@ -78,18 +78,20 @@ class Split(NamedTuple):
         features: the frozen part, images [B, C, S, S] -> [B, F].
         head: the part that is fine-tuned, [B, F] -> [B, classes].
         of_extracted: what of the frozen part lies behind the extractor, the extractor's features -> [B, F].
+        hidden: what of the head lies before the last layer, [B, F] -> [B, 512].
     """
 
     features: Callable[[Tensor], Tensor]
     head: nn.Module
     of_extracted: Callable[[Tensor], Tensor] = lambda extracted: extracted
+    hidden: Callable[[Tensor], Tensor] = lambda features: features
 
 
 def split_model(model: MainModel, tune: str) -> Split:
     """`tune` is "head", as in the method, or "last-layer", which freezes the head's first layer too."""
     tuned = model.get_submodule(TUNABLE[tune])
     if tune == "head":
-        return Split(model.features, tuned)
+        return Split(model.features, tuned, hidden=model.classifier.hidden)
     return Split(lambda images: model.classifier.hidden(model.features(images)), tuned, model.classifier.hidden)
 
 
@@ -172,15 +174,15 @@ def run_stage2(
     split = split_model(for_inference(inputs.classifier), tune)
     stage2 = Stage2.of(split, inputs.cvae, config)
     extracted = {} if inputs.data.ood else {PSEUDO: samples(inputs, config, seeds[0])}
-    compared, left_out = [], {}
-    if baselines:
-        compared, left_out = compare(inputs.classifier, inputs.data, config, baselines, extracted)
     banks, key = {} if banks is None else banks, (tune, config.precision)
     if key not in banks:
         banks[key] = stage2.encode(inputs.data)
     bank = banks[key]
     with torch.no_grad():
         bank = replace(bank, ood=bank.ood | {name: split.of_extracted(part) for name, part in extracted.items()})
+    compared, left_out = [], {}
+    if baselines:
+        compared, left_out = compare(inputs.classifier, split.hidden, bank, inputs.data, config.num_ind, baselines)
     if config.tune != JOINT:
         results = stage2.results(bank, modes, seeds, score_pseudo, compared)
         return replace(results, left_out=left_out)

@@ -12,64 +12,51 @@ from torch import Tensor, nn
 
 from cli.errors import memory_shortage
 from cli.progress import Progress
-from datasets.datasetsHelper import Images, to_float
+from datasets.datasetsHelper import to_float
 from evaluation.post_hoc import POST_HOC, Baseline, Parts
-from models.inference import CHUNK, in_chunks
+from models.inference import CHUNK
 from models.main_model import MainModel
 
 
 def baseline_scores(
     model: MainModel,
-    train: Images,
-    images: dict[str, Tensor],
+    train: Tensor,
+    labels: Tensor,
+    features: Mapping[str, Tensor],
+    images: Mapping[str, Tensor],
     num_ind: int,
-    precision: str,
     names: Sequence[str] = tuple(POST_HOC),
-    extracted: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
     """OOD scores of the detectors called `names`, a larger score meaning more likely OOD.
 
     Args:
         model: the classifier, in eval mode; it stays as it is.
-        train: the IND training images, uint8 [N, C, S, S], and labels 0 … num_ind - 1, of each at least one.
-        images: sets of images to score by name, uint8 [M, C, S, S], on the device of the model.
-        precision: "fp32" or "bf16", of the extractor.
-        extracted: sets of which there are no images, by name: features [M, F] as the extractor gives them.
+        train: what the last layer sees of the IND training images, [N, 512], on the CPU.
+        labels: theirs, 0 … num_ind - 1, of each at least one, [N].
+        features: the same of sets of images to score by name, [M, 512].
+        images: those images for the detectors that read them, uint8 [M, C, S, S], on the device of the model; without
+            one of the sets these are left out.
 
     Returns:
         detector -> set -> scores [M] on the CPU; and each detector that is left out, since it fails on this classifier
         and these images or gives scores that are no numbers -> the reason.
     """
     with torch.no_grad():
-        fitted_on = penultimate(model, train.images, precision)
-        features = {name: penultimate(model, part, precision) for name, part in images.items()}
-        features |= {name: behind(model, part) for name, part in (extracted or {}).items()}
         progress = Progress(len(names) * sum(map(len, features.values())), "baselines")
         scores, left_out = {}, {}
         for name in names:
             baseline = POST_HOC[name]
             of_images = baseline.reads == "images"
-            if of_images and extracted:
-                left_out[name] = f"since it reads images, and of {', '.join(extracted)} there are features only"
+            if of_images and (lacking := features.keys() - images.keys()):
+                left_out[name] = f"since it reads images, and of {', '.join(lacking)} there are features only"
                 continue
             parts, inputs = parts_of(model, baseline, num_ind), images if of_images else features
             try:
-                scores[name] = fit_and_score(name, parts, fitted_on, train.labels.cpu(), inputs, progress)
+                scores[name] = fit_and_score(name, parts, train, labels.cpu(), inputs, progress)
             except FAILURES as error:
                 left_out[name] = reason_of(error)
         progress.close()
     return scores, left_out
-
-
-def penultimate(model: MainModel, images: Tensor, precision: str) -> Tensor:
-    """What the last layer sees of uint8 images [N, C, S, S]: [N, 512], on the CPU; the head runs in fp32."""
-    extracted = in_chunks(lambda part: model.features(to_float(part)), images, precision)
-    return behind(model, extracted)
-
-
-def behind(model: MainModel, extracted: Tensor) -> Tensor:
-    """The same of what the extractor gives, [N, F] -> [N, 512]."""
-    return in_chunks(model.classifier.hidden, extracted, "fp32").cpu()
 
 
 # A detector may fail on a classifier and its images in any of these ways.

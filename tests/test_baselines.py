@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from cli.progress import Progress
 from cmg.scores import PRETRAINED_SCORES
 from datasets.datasetsHelper import Images, load_ind, load_ood, to_float
 from datasets.tasks import HELD_OUT, TASKS, Experiment
-from evaluation.baselines import POST_HOC, Parts, baseline_scores, fit_and_score, penultimate
+from evaluation.baselines import POST_HOC, Parts, baseline_scores, fit_and_score
 from evaluation.metrics import auroc
 from evaluation.report import IND_TEST
 from models.main_model import MainModel
@@ -39,10 +40,22 @@ def digits(tmp_path_factory) -> tuple[Images, dict[str, torch.Tensor]]:
     return train.at(torch.arange(240)), {IND_TEST: test.images[:60], HELD_OUT: ood[:60]}
 
 
+@torch.no_grad()
+def penultimate(model: MainModel, images: torch.Tensor) -> torch.Tensor:
+    """What the last layer sees, [N, 512]."""
+    return model.classifier.hidden(model.features(to_float(images)))
+
+
+def scores_of(model: MainModel, train: Images, sets: dict[str, torch.Tensor], names: Sequence[str] = tuple(POST_HOC)):
+    """`baseline_scores` of images."""
+    features = {name: penultimate(model, images) for name, images in sets.items()}
+    return baseline_scores(model, penultimate(model, train.images), train.labels, features, sets, NUM_IND, names)
+
+
 def fit_last_layer(model: MainModel, train: Images) -> MainModel:
     """A classifier without an epoch of training: the last layer by least squares, the other outputs held down."""
     with torch.no_grad():
-        features = penultimate(model, train.images, "fp32").double()
+        features = penultimate(model, train.images).double()
         targets = 10 * F.one_hot(train.labels, NUM_IND).double()
         ridge = 1e-3 * torch.eye(len(features), dtype=torch.float64)
         weights = features.T @ torch.linalg.solve(features @ features.T + ridge, targets)
@@ -84,7 +97,7 @@ def clusters() -> dict[str, torch.Tensor]:
 
 def test_scores_of_logits_are_their_closed_forms(classifier, digits):
     train, sets = digits
-    found, _ = baseline_scores(classifier, train, sets, NUM_IND, "fp32", ["MSP", "MaxLogit", "energy", "entropy"])
+    found, _ = scores_of(classifier, train, sets, ["MSP", "MaxLogit", "energy", "entropy"])
     with torch.no_grad():
         logits = classifier(to_float(sets[HELD_OUT])).double()
     ind = logits[:, :NUM_IND]
@@ -103,7 +116,7 @@ def test_scores_of_logits_are_their_closed_forms(classifier, digits):
 
 def test_msp_and_energy_are_the_rows_that_are_always_shown(classifier, digits):
     train, sets = digits
-    found, _ = baseline_scores(classifier, train, sets, NUM_IND, "fp32", list(PRETRAINED_SCORES))
+    found, _ = scores_of(classifier, train, sets, list(PRETRAINED_SCORES))
     with torch.no_grad():
         logits = {name: classifier(to_float(images)) for name, images in sets.items()}
     for name, of_logits in PRETRAINED_SCORES.items():
@@ -118,7 +131,7 @@ def test_odin_steps_along_the_gradient_s_sign(classifier, digits):
     (gradient,) = torch.autograd.grad(logits.log_softmax(1).amax(1).sum(), images)
     with torch.no_grad():
         moved = classifier(images + 0.0014 * gradient.sign())[:, :NUM_IND] / 1000
-    found = baseline_scores(classifier, train, {"x": sets[HELD_OUT]}, NUM_IND, "fp32", ["ODIN"])[0]["ODIN"]["x"]
+    found = scores_of(classifier, train, {"x": sets[HELD_OUT]}, ["ODIN"])[0]["ODIN"]["x"]
     torch.testing.assert_close(found, -moved.softmax(1).amax(1), rtol=0, atol=1e-6)
 
 
@@ -166,7 +179,7 @@ def test_separable_features_are_separated(clusters, name):
 def test_every_detector_scores_every_image_and_leaves_the_classifier_as_it_was(classifier, digits):
     train, sets = digits
     before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
-    found, _ = baseline_scores(classifier, train, sets, NUM_IND, "fp32")
+    found, _ = scores_of(classifier, train, sets)
     assert list(found) == list(POST_HOC)
     for name, of_sets in found.items():
         assert [scores.shape for scores in of_sets.values()] == [(60,), (60,)], name
@@ -188,7 +201,7 @@ def test_scores_depend_on_no_other_image_that_is_scored(clusters, name):
 def test_a_detector_that_cannot_be_fitted_is_left_out_with_its_reason(classifier, digits):
     train, sets = digits
     few = train.at(torch.arange(40))
-    found, left_out = baseline_scores(classifier, few, sets, NUM_IND, "fp32", ["MSP", "KNN", "MaxLogit"])
+    found, left_out = scores_of(classifier, few, sets, ["MSP", "KNN", "MaxLogit"])
     assert list(found) == ["MSP", "MaxLogit"]
     assert left_out == {"KNN": "k=50 exceeds the number of ID samples (40)"}
 
@@ -196,7 +209,7 @@ def test_a_detector_that_cannot_be_fitted_is_left_out_with_its_reason(classifier
 def test_on_two_images_what_can_be_fitted_is(classifier, digits):
     train, sets = digits
     two = train.at(torch.tensor([int((train.labels == label).nonzero()[0]) for label in (0, 1)]))
-    found, left_out = baseline_scores(classifier, two, sets, NUM_IND, "fp32")
+    found, left_out = scores_of(classifier, two, sets)
     assert sorted([*found, *left_out]) == sorted(POST_HOC) and {"KNN", "NNGuide"} <= left_out.keys()
     assert {"MSP", "MaxLogit", "energy", "entropy", "GEN"} <= found.keys()
     assert all(reason and "\n" not in reason for reason in left_out.values())
@@ -205,7 +218,7 @@ def test_on_two_images_what_can_be_fitted_is(classifier, digits):
 def test_an_error_without_a_message_is_named_by_its_kind(classifier, digits):
     train, sets = digits
     gap = Images(train.images, train.labels + (train.labels > 2))  # no image has label 3
-    found, left_out = baseline_scores(classifier, gap, sets, NUM_IND, "fp32", ["Mahalanobis"])
+    found, left_out = scores_of(classifier, gap, sets, ["Mahalanobis"])
     assert (found, left_out) == ({}, {"Mahalanobis": "AssertionError"})
 
 
@@ -214,7 +227,7 @@ def test_scores_that_are_no_numbers_are_refused(classifier, digits):
     with torch.no_grad():
         classifier.classifier.fc1.weight.zero_()
         classifier.classifier.fc1.bias.fill_(-1)  # no feature is active: ASH divides 0 by 0
-    found, left_out = baseline_scores(classifier, train, sets, NUM_IND, "fp32", ["MSP", "ASH"])
+    found, left_out = scores_of(classifier, train, sets, ["MSP", "ASH"])
     assert list(found) == ["MSP"]
     assert left_out == {"ASH": "60 of the 60 images of IND test have a score that is not finite"}
 

@@ -79,7 +79,7 @@ def test_scores_are_those_of_stage_2(digits_classifier, digits_cvae, data, mode,
     detector = CMGDetector(digits_classifier, digits_cvae, config, mode, SEED)
     assert detector.fit(train_loader(data)) is detector
     (run,) = run_stage2(inputs(digits_classifier, digits_cvae, data), config, [mode], [SEED]).runs
-    features, head, _ = split_model(digits_classifier, tune)
+    features, head, *_ = split_model(digits_classifier, tune)
     for images in (data.test.images, *data.ood.values()):
         with torch.no_grad():
             logits = head_logits(head, run.last, features(to_float(images)))
