@@ -45,6 +45,8 @@ def get_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> int:
     if args.export and args.images:
         raise UserError("--export writes the detector and judges no images; leave one of them out")
+    if args.export and args.csv:
+        raise UserError("--export writes the detector and no predictions; leave --csv out")
     if not args.images and not args.export:
         raise UserError("name images or folders to judge, or --export FILE.onnx")
     from cmg import export, predict

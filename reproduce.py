@@ -174,11 +174,13 @@ def main(args: argparse.Namespace) -> None:
     for job in left if args.launcher == "local" else ():
         print(f"{job.name} failed: {last_line(job.log)} (log: {job.log})")
     if done:
-        results = []
+        results, images = [], {}
         for job in done:
             partition, seed = job_of(job)
             expected = {"task": task_name, "partition": partition, "seeds": tuning_seeds(seed, args.tuning_seeds)}
+            expected |= {"images": images[partition]} if partition in images else {}
             results.append(tables.read_result(partition, seed, *outputs(job.folder), expected))
+            images[partition] = results[-1].content["images"]
         about = {
             "task": task_name,
             "command": shlex.join(["python", "-m", "reproduce", *args.argv]),

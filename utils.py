@@ -288,8 +288,10 @@ def check_values(path: Path, values: dict, remedy: str) -> None:
     """
     for name, value in values.items():
         if isinstance(value, torch.Tensor):
-            if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_complex():
-                kind = "without values" if value.is_meta else f"{value.layout} of {value.dtype}".replace("torch.", "")
+            odd = value.layout != torch.strided or value.is_nested or value.is_quantized or value.is_complex()
+            if odd or value.is_meta:
+                layout = "nested" if value.is_nested else value.layout
+                kind = "without values" if value.is_meta else f"{layout} of {value.dtype}".replace("torch.", "")
                 raise UserError(
                     f"{path}: the tensor {name} is {kind}; expected an ordinary one of real numbers. {remedy}"
                 )

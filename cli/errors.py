@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import signal
@@ -64,6 +65,7 @@ def run_command(main: Callable, parser: argparse.ArgumentParser, argv: list[str]
     try:
         with handling(raise_stopped), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of an image file is said by us
+            logging.getLogger("PIL").setLevel(logging.CRITICAL)
             warnings.filterwarnings("ignore", message="Validating sparse tensor")  # torch.load's; we refuse such a file
             status = main(args) or 0
             sys.stdout.flush()  # what cannot be written is better known here than when Python ends

@@ -45,12 +45,13 @@ def number(
             raise argparse.ArgumentTypeError(
                 f"{text!r} is not a {'whole number' if kind is int else 'number'}"
             ) from None
-        if not (math.isfinite(value) and above < value < below and least <= value <= most):
+        if not ((kind is int or math.isfinite(value)) and above < value < below and least <= value <= most):
             bounds = [f"above {above:,.10g}"] * (above > -math.inf) + [f"at least {least:,.10g}"] * (least > -math.inf)
             bounds += [f"below {below:,.10g}"] * (below < math.inf)
             bounds += [f"at most {most:,.10g}"] * (most < max(value, MOST))
+            shown = text if len(text) < 40 else f"{text[:30]}…"
             raise argparse.ArgumentTypeError(
-                f"{text} is out of range: expected {' and '.join(bounds) or 'a finite number'}"
+                f"{shown} is out of range: expected {' and '.join(bounds) or 'a finite number'}"
             )
         return value
 

@@ -37,7 +37,7 @@ from models.backbone import Backbone
 from models.inference import CHUNK, for_inference, in_chunks
 from models.main_model import MainModel
 from models.vae import ClassConditionalVAE
-from training.backbone import load_backbone
+from training.backbone import answers, load_backbone
 from training.checkpoints import fill_network
 from utils import autocast, check_values, load_checkpoint, pick_precision, save_checkpoint
 
@@ -85,7 +85,8 @@ class DetectorConfig:
 
 # What the fields of a file must be, beside the classes and the score.
 CONFIG = {"image_size": int, "image_channels": int, "logits": int, "backbone_size": int, "backbone": str}
-CONFIG |= {"threshold": lambda value: isinstance(value, float), "threshold_from": str}
+CONFIG |= {"threshold": lambda value: isinstance(value, float)}
+CONFIG |= {"threshold_from": lambda value: isinstance(value, str) and value.isprintable()}
 CONFIG |= {"precision": lambda value: value in ("auto", "fp32", "bf16")}
 
 
@@ -287,6 +288,7 @@ class CMGDetector(FeaturesDetector):
         content = {"detector": asdict(self.config(task)), "model": state, "origin": origin or {}}
         if self.backbone is not None:
             content["backbone"] = {name: t.cpu().contiguous() for name, t in self.backbone.state_dict().items()}
+            content["backbone_answers"] = answers(self.backbone)
         if self.post_hoc:
             content["fitted_on"] = {"features": self.post_hoc.features, "labels": self.post_hoc.labels}
         save_checkpoint(path, content)
@@ -323,6 +325,8 @@ class CMGDetector(FeaturesDetector):
         if config.backbone:
             backbone = load_backbone(BackboneChoice(config.backbone, size=config.backbone_size), pretrained=False)
             fill_network(path, of_backbone, backbone, f"the backbone {config.backbone}", {}, remedy)
+            if content.get("backbone_answers", ours := answers(backbone)) != ours:
+                raise UserError(f"{path}: {config.backbone} gives other features than when it was saved. {remedy}")
             backbone.to(device, memory_format=torch.channels_last)
         model.to(device, memory_format=torch.channels_last)
         detector = cls(model, None, finetuning, classes=config.classes, backbone=backbone)

@@ -217,6 +217,11 @@ class Evaluator:
         )
         self.best: dict[tuple[str, int], float] = {}
 
+    def raised(self) -> str:
+        """Options that may have made the loss too large."""
+        heavy = {"--mu": self.config.mu > FineTuneConfig.mu, "--anchor": self.config.anchor > 0}
+        return " or ".join(["--lr", "--sigma", *(flag for flag, is_heavy in heavy.items() if is_heavy)])
+
     @torch.no_grad()
     def evaluate(self, step: int, heads: dict[str, HeadStack], runs: dict[tuple[str, int], Run]) -> None:
         """Append an `Evaluation` to every run and keep the heads whose validation AUROC is the best so far.
@@ -232,7 +237,7 @@ class Evaluator:
 
             logits = head_logits(self.head, parameters, self.bank.test)
             if not torch.isfinite(logits).all():
-                remedy = "lower --lr or --sigma" if step else "train the classifier anew, with a lower --lr"
+                remedy = f"lower {self.raised()}" if step else "train the classifier anew, with a lower --lr"
                 remedy += ", or use --precision fp32" if self.config.precision == "bf16" else ""
                 raise UserError(f"{mode}, seed {run.seed}: the logits are not finite after step {step}: {remedy}")
             ind_scores = SCORES[score_name](logits, self.config.num_ind)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cli.errors import UserError
-from cli.files import check_writable, replacing
+from cli.files import check_outputs, replacing
 from cmg.detector import CMGDetector
 from datasets.datasetsHelper import to_float
 
@@ -47,7 +47,6 @@ def export_onnx(detector: CMGDetector, path: Path) -> None:
         import onnxscript  # noqa: F401  # of torch's exporter
     except ImportError as error:
         raise UserError(f"--export: {error.name} is not installed; pip install onnx onnxscript onnxruntime") from None
-    check_writable(path)
     channels, size = detector.read_shape
     random = torch.Generator().manual_seed(0)
     example = torch.randint(256, (4, channels, size, size), generator=random, dtype=torch.uint8)
@@ -74,6 +73,7 @@ def export_onnx(detector: CMGDetector, path: Path) -> None:
 
 def export_detector(detector_path: Path, path: Path) -> int:
     """Write the detector in a file as ONNX and say so. Raises `UserError`."""
+    check_outputs(path, inputs=[detector_path])
     detector = CMGDetector.load(detector_path, torch.device("cpu"), "fp32")
     if detector.post_hoc:
         raise UserError(

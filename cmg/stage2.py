@@ -24,8 +24,7 @@ from models.backbone import Backbone
 from models.inference import for_inference
 from models.main_model import MainModel
 from models.vae import ClassConditionalVAE
-from training.backbone import prepare
-from training.checkpoints import weights_checksum
+from training.backbone import identity, prepare
 from training.networks import load_networks
 from training.train_feature_cvae import evaluate_feature_cvae
 from utils import generator
@@ -60,11 +59,11 @@ def load_inputs(
     experiment, encode, backbone = prepare(experiment, data_dir)
     classifier, cvae, origins = load_networks(experiment, paths, device)
     made = {"the classifier": origins["train_classifier"], "the CVAE": origins["train_cvae"]}
-    checksum = weights_checksum(backbone) if backbone else None
-    for name, origin in made.items():
-        if origin.get("backbone", checksum) != checksum:
+    for name, origin in made.items() if backbone else ():
+        ours = identity(backbone)
+        if any(origin.get(key, value) != value for key, value in ours.items()):
             raise UserError(
-                f"{name} was trained on the features of other weights of the backbone: give the "
+                f"{name} was trained on the features of another backbone, or of other weights of it: give the "
                 "same --backbone-weights, or train it again with --restart"
             )
     data = load_data(experiment, ood_names, data_dir, made, device, lambda images: encode(images, precision, device))

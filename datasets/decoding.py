@@ -26,6 +26,7 @@ XMP, APP1 = ("xmp", "XML:com.adobe.xmp"), "Raw profile type APP1"
 TOLD_IN = {"exif", *XMP, APP1, "Raw profile type exif"}
 IN_XMP = re.compile(r"tiff:Orientation\s*(?:=\s*[\"']|>)\s*([1-8])")
 KNOWN_MODES = EIGHT_BIT | SIXTEEN_BIT
+PHOTOMETRIC = ExifTags.Base.PhotometricInterpretation  # 0: zero is white
 MOST_PIXELS = 178_956_970  # of an image: beyond it Pillow takes a file for an attack
 MANY_PIXELS = 1 << 24  # decoded one image at a time: threads together would take gigabytes
 SMALL = 1 << 15  # bytes: decoding smaller files, threads wait for the interpreter rather than for the decoder
@@ -74,10 +75,19 @@ def decoded(path: Path, size: int | None = None) -> Iterator:
                 image.filename = ""  # Pillow maps a plain one that is to be turned into memory with the wrong width
             image.load()
             low, high = image.getextrema() if image.mode == "I" else (0, 0)
-            if image.mode not in KNOWN_MODES or low < 0 or high >> 16:
+            mode, inverted = image.mode, False
+            if image.format == "TIFF" and mode in SIXTEEN_BIT:  # of which Pillow tells neither depth nor what is white
+                tags = image.tag_v2
+                depth, inverted = tags.get(ExifTags.Base.BitsPerSample, (16,))[0], tags.get(PHOTOMETRIC) == 0
+                mode = f"{mode} and {depth} bits" if mode != "I" and depth != 16 or mode == "I" and inverted else mode
+            if mode not in KNOWN_MODES or low < 0 or high >> 16:
                 raise UserError(
-                    f"{path}: has pixels of mode {image.mode}; expected 8 or 16 bits per channel. Convert or remove it"
+                    f"{path}: has pixels of mode {mode}; expected 8 or 16 bits per channel. Convert or remove it"
                 )
+            if mode == "P" and not (image.palette and image.palette.palette):
+                raise UserError(f"{path}: its palette is missing. {remedy}")
+            if inverted:
+                image = Image.fromarray(65535 - np.asarray(image, np.int32))
             yield upright(image)
     except UserError:
         raise

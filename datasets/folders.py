@@ -231,6 +231,11 @@ def _finished(paths: Sequence[Path], pixels: np.ndarray, jobs: list[Future]) -> 
     return Chunk(paths, pixels, list(changed), list(complaints))
 
 
+def state_of(root: Path) -> str:
+    """What changes when an image below `root` does, is added or goes, as far as a look at the files tells."""
+    return _fingerprint(Path(root), search(Path(root)).names, resize=False)
+
+
 # --- the packed file ----------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ import hashlib
 import random
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from cli.options import seed_number
 from datasets.decoding import decoded, in_mode, square
 from datasets.experiments import class_folders
 from datasets.folders import for_each, list_images, raise_all, read_images
-from datasets.obtain import write_record
+from datasets.obtain import locked, write_record
 
 MIDDLE, SIDE = 256, 32  # pixels: of the cut-out, of the result
 
@@ -107,10 +108,19 @@ def make_fix(name: str, recipe: Recipe, source: Path, data_dir: Path, seed: int)
     Raises:
         UserError: the source lacks classes or images, one cannot be decoded, or the folder exists.
     """
-    target, staging = data_dir / recipe.folder, data_dir / f".{recipe.folder}.making"
-    if target.exists():
-        raise UserError(f"{target} exists; remove it or name another --data-dir")
-    chosen = choose(recipe, source, seed)
+    with locked(data_dir):
+        target = data_dir / recipe.folder
+        if target.exists():
+            raise UserError(f"{target} exists; remove it or name another --data-dir")
+        make(name, target, choose(recipe, source, seed))
+        figures = record_figures(target)
+        write_record(name, data_dir, {recipe.folder: {"from": str(source), "seed": seed}}, {"test": figures})
+    print(f"wrote {figures['count']:,} images to {target}, SHA-256 of their pixels {figures['sha256']}")
+
+
+def make(name: str, target: Path, chosen: Sequence[Path]) -> None:
+    """Write the images as `target`/correct_resize_<i>.png, whole or not at all. Raises `UserError`."""
+    staging = target.parent / f".{target.name}.making"
 
     def convert(index: int) -> str | None:
         try:
@@ -132,9 +142,6 @@ def make_fix(name: str, recipe: Recipe, source: Path, data_dir: Path, seed: int)
         ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    figures = record_figures(target)
-    write_record(name, data_dir, {recipe.folder: {"from": str(source), "seed": seed}}, {"test": figures})
-    print(f"wrote {len(chosen):,} images to {target}, SHA-256 of their pixels {figures['sha256']}")
 
 
 def record_figures(folder: Path) -> dict:

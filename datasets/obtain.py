@@ -175,7 +175,7 @@ def obtain(name: str, data_dir: Path, splits: tuple[str, ...] | None = None, giv
     """
     source, data_dir = SOURCES[name], Path(data_dir)
     staging = data_dir / f".{name}.staging"
-    with _locked(data_dir):
+    with locked(data_dir):
         lacking = {split for split in splits or source.counts if not is_present(name, data_dir, split)}
         downloads = [download for download in source.downloads if lacking & set(download.splits)]
         if not downloads:
@@ -210,7 +210,7 @@ def obtain(name: str, data_dir: Path, splits: tuple[str, ...] | None = None, giv
 
 
 @contextmanager
-def _locked(data_dir: Path):
+def locked(data_dir: Path):
     """Keep other processes from fetching into the same folder meanwhile: they wait, then find the data."""
     try:
         data_dir.mkdir(parents=True, exist_ok=True)

@@ -40,6 +40,10 @@ class Backbone(nn.Module):
             images = F.interpolate(images, size, mode=self.interpolation, align_corners=False, antialias=True)
             images = images.clamp(0, 1)
         features = self.network((images - self.mean) / self.std)  # of grey images each channel is the same
+        if not isinstance(features, torch.Tensor) or features.dim() < 2 or not features.is_floating_point():
+            kind = features.dtype if isinstance(features, torch.Tensor) else type(features).__name__
+            shape = f" {list(features.shape)}" if isinstance(features, torch.Tensor) else ""
+            raise TypeError(f"gives {kind}{shape}, expected real features [B, F] or maps")
         return features.flatten(2).mean(2)[:, :, None, None] if features.dim() > 2 else features[:, :, None, None]
 
 

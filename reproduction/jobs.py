@@ -26,6 +26,7 @@ from PIL import Image
 
 from cli.errors import Stopped, UserError, run_command
 from cli.files import fits, read_json, write_json
+from datasets.folders import state_of
 from reproduction.results import read_ablations, read_reported
 from training.config import resume_path
 
@@ -47,7 +48,8 @@ class Step:
 
     Attributes:
         module: of the command, such as "train".
-        argv: its options; with other options it is another step, which has to be done again.
+        argv: its options; with other options, or other images in the user's folders that they name, it is another
+            step, which has to be done again.
         outputs: the files it writes.
     """
 
@@ -60,6 +62,16 @@ class Step:
     def starts_from(self) -> Path | None:
         """The classifier that it is trained on, if it is."""
         return Path(self.argv[self.argv.index("--classifier") + 1]) if "--classifier" in self.argv else None
+
+    @property
+    def images(self) -> list[str]:
+        """The state of the user's own images that it reads, by folder: train reads no OOD images."""
+        flags = ("--ind-dir",) if self.module == "train" else ("--ind-dir", "--ood-dir")
+        folders = [self.argv[i + 1] for i, word in enumerate(self.argv) if word in flags]
+        try:
+            return [state_of(Path(folder)) for folder in folders]
+        except UserError:  # an image went meanwhile
+            return ["changing"]
 
     def is_intact(self, path: Path) -> bool:
         """Whether an output can be read as what it is, as far as a quick look tells."""
@@ -117,7 +129,8 @@ class Job:
             content = read_json(self.folder / "done.json", {}, "what is done of a job")
         except UserError:
             return {}
-        return {name: record for name, record in content.items() if fits(record, {"argv": [str], "seconds": float})}
+        shape = {"argv": [str], "seconds": float, "images": ([str],)}
+        return {name: record for name, record in content.items() if fits(record, shape)}
 
     def records(self) -> dict[str, dict]:
         """What is done: for each step, from the first, its options and seconds; nothing after a gap."""
@@ -125,6 +138,8 @@ class Job:
         for step in self.steps:
             record = recorded.get(step.name)
             if not record or record["argv"] != list(step.argv) or not all(map(step.is_intact, step.outputs)):
+                break
+            if record.get("images", []) != step.images:
                 break
             found[step.name] = record
         return found
@@ -177,7 +192,7 @@ def run_job(folder: Path) -> int:
             if step.name in records:
                 continue
             print(f"$ python -m {' '.join([step.module, *step.argv, *job.machine])}")
-            start = time.monotonic()
+            start, images = time.monotonic(), step.images
             step.forget_broken()
             try:
                 command = importlib.import_module(step.module)
@@ -190,6 +205,7 @@ def run_job(folder: Path) -> int:
             if status:
                 return status
             record = {"argv": list(step.argv), "seconds": round(time.monotonic() - start, 1)}
+            record |= {"images": images} if images else {}
             write_json(job.folder / "done.json", records | {step.name: record})
     return 0
 

@@ -38,6 +38,7 @@ def shares(value: object) -> bool:
     return isinstance(value, dict) and len(value) > 0 and all(map(share, value.values()))
 
 
+ALWAYS = ("MSP", "energy")  # of the pretrained classifier: rows of every result
 DETECTION_ROW = {"method": str, "ood_dataset": str, "seed": optional(int), "at": str, "auroc": share}
 DETECTION_ROW |= dict.fromkeys(("fpr95", "aupr_out", "aupr_in"), (share,))
 IND_ROW = {"method": str, "at": str, "accuracy": share, "ece": share}
@@ -64,9 +65,12 @@ def read_reported(path: Path) -> dict:
     content = read(path, RESULT, "a JSON file that python -m eval wrote")
     rows = [(row["ood_dataset"], row["method"], row["seed"], row["at"]) for row in content["detection"]]
     tuned = {method for _, method, _, at in rows if at == "last"}
+    sets = {ood for ood, _, _, at in rows if at != "max"}
+    always = {(ood, method) for ood in sets for method in ALWAYS}
     if (
         len(set(rows)) < len(rows)
-        or not any(at == PRETRAINED for *_, at in rows)
+        or not always <= {(ood, method) for ood, method, _, at in rows if at == PRETRAINED}
+        or not {ood for ood, *_ in rows} <= sets
         or not {run["mode"] for run in content["runs"]} <= tuned
     ):
         raise UserError(f"{path}: its rows do not go together; remove it and run python -m eval again")

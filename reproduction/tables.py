@@ -13,7 +13,7 @@ import torch
 from cli.errors import UserError
 from cli.files import replacing
 from evaluation.bootstrap import Pair, paired_auroc_difference
-from evaluation.metrics import auroc
+from evaluation.metrics import detection_metrics
 from evaluation.report import IND_METRICS, IND_TEST, METRICS, NOTES, POSITIVE_CLASS, PRETRAINED, aggregate, cell, cells
 from reproduction.former import with_todays_keys
 from reproduction.results import read_reported
@@ -71,12 +71,13 @@ def read_result(
         keys = [f"{detector}/{images}" for images in (IND_TEST, row["ood_dataset"])]
         if lacking := [key for key in keys if key not in arrays]:
             raise UserError(f"{scores}: lacks {lacking[0]}, of which {output} has metrics: {again}")
-        found = auroc(*(torch.from_numpy(arrays[key]) for key in keys))
-        if abs(found - row["auroc"]) > 1e-6:
-            raise UserError(
-                f"{scores}: {detector} has AUROC {found:.6f} on {row['ood_dataset']}, in {output} it is "
-                f"{row['auroc']:.6f}: {again}"
-            )
+        found = detection_metrics(*(torch.from_numpy(arrays[key]) for key in keys))
+        for name, value in found.items():
+            if name in row and abs(value - row[name]) > 1e-6:
+                raise UserError(
+                    f"{scores}: {detector} has {METRICS[name]} {value:.6f} on {row['ood_dataset']}, in {output} it is "
+                    f"{row[name]:.6f}: {again}"
+                )
     lengths = {}
     for key, array in arrays.items():
         if lengths.setdefault(key.rsplit("/", 1)[-1], len(array)) != len(array):

@@ -62,7 +62,7 @@ def test_the_benchmark_computes_the_features_anew_in_every_round(monkeypatch, ca
     argv = ("--backbone", "tests.tiny_backbone:counting", "--image-size", 16, "--images", 20, "--rounds", 2)
     assert run(benchmark, *argv, "--device", "cpu", "--precision", "fp32") == 0
     measured = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert computed == [1, *[20] * 6]  # to count the features; twice in each round and the one before them
+    assert computed == [2, *[20] * 6]  # to know it; twice in each round and the one before them
     share = measured["images_per_second"] / measured["floor_images_per_second"]
     assert measured["floor_share"] == pytest.approx(share, rel=0.01) and measured["images"] == 20
 
@@ -75,6 +75,17 @@ class Means(nn.Module):
 
     def forward(self, images):
         return images.mean((2, 3))
+
+
+class Calls(nn.Module):
+    """A function as a network."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, images):
+        return self.function(images)
 
 
 def test_images_are_normalised_and_brought_to_its_size():
@@ -148,11 +159,78 @@ def test_weights_that_cannot_be_fetched_are_named(monkeypatch):
         ("x:y", "--backbone x:y: x is not installed or not found; install it"),
         ("tests.tiny_backbone:none", "tests.tiny_backbone has no none; expected MODULE:FUNCTION"),
         ("tests.tiny_backbone:number", "gives a int, expected a torch.nn.Module"),
+        (":f", "--backbone :f: expected MODULE:FUNCTION, or the name of a model"),
+        ("..a:b", "expected MODULE:FUNCTION, or the name of a model"),
+        ("os.path:join", r"cannot be made \(TypeError: join\(\) missing 1 required positional argument"),
+        ("tests.tiny_backbone:NUMBER", r"cannot be made \(TypeError: 'int' object is not callable\)"),
+        ("tests.tiny_backbone:leaves", r"cannot be made \(SystemExit: 3\)"),
     ],
 )
 def test_names_that_name_nothing(name, message):
     with pytest.raises(UserError, match=message):
         load_backbone(BackboneChoice(name))
+
+
+@pytest.mark.parametrize("text", ["def f(:", "raise RuntimeError('not today')"])
+def test_a_module_that_cannot_be_loaded_is_one_line(tmp_path, monkeypatch, text):
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"of_the_user_{len(text)}"
+    (tmp_path / f"{name}.py").write_text(text)
+    with pytest.raises(
+        UserError, match=rf"--backbone {name}:f: cannot be made \((SyntaxError|RuntimeError): [^\n]*\)$"
+    ):
+        load_backbone(BackboneChoice(f"{name}:f"))
+
+
+def test_damaged_weights_that_were_fetched_before_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    name = Path(torchvision.models.get_model_weights("resnet18").DEFAULT.url).name
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "hub" / "checkpoints" / name).write_bytes(bytes([200]) * 1000)
+    with pytest.raises(
+        UserError, match=rf"--backbone resnet18: .*{name} is damaged \(.*\). Remove it, and it is fetched"
+    ):
+        load_backbone(BackboneChoice("resnet18"))
+
+
+OUTPUTS = {
+    "a pair": (lambda images: (images.mean((2, 3)), 0), "gives tuple, expected real features"),
+    "one number an image": (lambda images: images.mean((1, 2, 3)), r"gives torch.float32 \[2\], expected"),
+    "complex": (lambda images: images.mean((2, 3)) * 1j, r"gives torch.complex64 \[2, 3\], expected"),
+    "nothing": (lambda images: images.mean((2, 3))[:, :0], r"gives \[2, 0\] features for 2 images"),
+    "of one image": (lambda images: images.mean((2, 3))[:1], r"gives \[1, 3\] features for 2 images"),
+    "its own error": (lambda images: {}["pooled"], r"does not take images of 8x8 pixels \('pooled'\)"),
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_outputs_that_are_no_features_are_one_line(kind, tmp_path):
+    forward, message = OUTPUTS[kind]
+    backbone = Backbone(Calls(forward), 8)
+    with pytest.raises(UserError, match=message):
+        backbones.encoder(backbone, tmp_path)
+
+
+def test_features_whose_number_varies_are_one_line(tmp_path):
+    backbone = Backbone(Calls(lambda images: images.mean((2, 3))[:, : len(images)]), 8)
+    _, encode = backbones.encoder(backbone, tmp_path)
+    with pytest.raises(UserError, match=r"gives \[3, 3\] features for 3 images, not 2 each"):
+        encode(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), "fp32", CPU)
+
+
+def test_another_function_of_the_same_weights_is_another_backbone(tmp_path):
+    images = torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8)
+    for function, expected in {
+        lambda x: x.mean((2, 3)): lambda x: x.mean((2, 3)),
+        lambda x: x.amax((2, 3)): lambda x: x.amax((2, 3)),
+    }.items():
+        _, encode = backbones.encoder(Backbone(Calls(function), 8), tmp_path)
+        torch.testing.assert_close(encode(images, "fp32", CPU).flatten(1), expected(images / 255))
+    means, also, maxima = (
+        backbones.identity(Backbone(Calls(function), 8))
+        for function in (lambda x: x.mean((2, 3)), lambda x: x.sum((2, 3)) / 64, lambda x: x.amax((2, 3)))
+    )
+    assert means == also != maxima and means["backbone"] == maxima["backbone"]
 
 
 def test_weights_of_another_network_are_refused_with_their_keys(tmp_path):
@@ -264,18 +342,18 @@ def test_features_are_computed_once_and_follow_the_images(photos, tmp_path, monk
     monkeypatch.setattr(backbones, "features_of", lambda *args: seen.append(len(args[1])) or features_of(*args))
     of = [*options(photos), "--epochs", 1]
     assert run(train, *of) == 0
-    assert sum(seen) == 1 + 40 + 16  # the first to find out how many features there are
+    assert sum(seen) == 4 + 40 + 16  # the first to find out how many features there are, and which backbone it is
     seen.clear()
     assert run(train, *of, "--restart") == 0
-    assert sum(seen) == 1
+    assert sum(seen) == 4
     for path in Path("data/features").iterdir():  # damaged: made anew
         path.write_bytes(path.read_bytes()[:-40])
     seen.clear()
     assert run(train, *of, "--restart") == 0
-    assert sum(seen) == 1 + 40 + 16
+    assert sum(seen) == 4 + 40 + 16
     seen.clear()
     assert run(train, *of, "--restart", "--image-size", 20) == 0  # another preprocessing
-    assert sum(seen) == 1 + 40 + 16
+    assert sum(seen) == 4 + 40 + 16
 
 
 def test_reproduce_does_it_all(photos, tmp_path, monkeypatch):
@@ -376,7 +454,7 @@ def test_networks_on_other_weights_are_refused(photos, tmp_path, monkeypatch, ca
     of += ["--backbone-weights", "w.pt"]
     assert "made with other options (backbone was" in error_of(capsys, train, *of, "--epochs", 1)
     error = error_of(capsys, evaluate, *of, "--ood-dir", photos / "insects")
-    assert "the classifier was trained on the features of other weights of the backbone" in error
+    assert "the classifier was trained on the features of another backbone, or of other weights of it" in error
 
 
 def test_a_detector_whose_package_is_missing(photos, tmp_path, monkeypatch, capsys):

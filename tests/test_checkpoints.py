@@ -189,6 +189,10 @@ def test_csi_refuses_weights_that_are_not_finite_by_name(tmp_path):
             "the tensor classifier.fc2.bias is sparse_coo of float32; expected an ordinary",
         ),
         (lambda bias: bias.to(torch.complex64), "the tensor classifier.fc2.bias is strided of complex64; expected an"),
+        (
+            lambda bias: torch.nested.nested_tensor([bias, bias], layout=torch.strided),
+            "the tensor classifier.fc2.bias is nested of float32; expected an ordinary",
+        ),
         (lambda bias: bias.to(torch.int64), "classifier.fc2.bias holds torch.int64, expected torch.float32"),
         (lambda bias: bias.tolist(), "classifier.fc2.bias is of the kind list, expected a tensor"),
     ],
@@ -347,7 +351,7 @@ def test_weights_that_end_up_not_finite_are_not_written(tmp_path, monkeypatch, c
     monkeypatch.setattr(run_state.RunState, "end_epoch", spoil_and_end)
     argv = ["--params-dict-name", str(tmp_path / "c.pkl"), "--epochs", "1", "--device", "cpu"]
     assert run_command(train.main, train.get_parser(), argv) == 2
-    message = "5.bias is not finite any more in epoch 1: lower --lr, or use --precision fp32; nothing is saved"
+    message = "5.bias is not finite any more in epoch 1: lower --lr; nothing is saved"
     assert capsys.readouterr().err == f"train: error: {message}\n" and list(tmp_path.iterdir()) == []
 
 

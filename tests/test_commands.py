@@ -428,6 +428,8 @@ def test_a_head_that_diverges_is_one_line(workplace, capsys):
     capsys.readouterr()
     line = error_of(capsys, eval, "--lr", "1e30", "--epochs", 30, "--device", "cpu")
     assert re.search(r"CMG-(energy|softmax), seed 123: the logits are not finite after step \d+: lower --lr", line)
+    line = error_of(capsys, eval, "--anchor", "1e38", "--mode", "CMG-energy", "--epochs", 30, "--device", "cpu")
+    assert line.endswith(": lower --lr or --sigma or --anchor")
 
 
 def test_a_last_batch_that_cannot_be_normalised_is_one_line(workplace, capsys):
@@ -606,6 +608,7 @@ def test_images_of_another_size_are_refused(workplace, capsys):
     [
         (train, ["--epochs", "0"], "argument --epochs: 0 is out of range: expected above 0"),
         (train, ["--epochs", "1.5"], "argument --epochs: '1.5' is not a whole number"),
+        (train, ["--epochs", f"1{'0' * 400}"], f"argument --epochs: 1{'0' * 29}… is out of range: expected above 0"),
         (train, ["--batch-size", "-3"], "argument --batch-size/--batch_size: -3 is out of range"),
         (train, ["--lr", "nan"], "argument --lr: nan is out of range"),
         (train, ["--lr", "inf"], "argument --lr: inf is out of range"),

@@ -88,6 +88,12 @@ def test_the_command(tmp_path, capsys):
     assert capsys.readouterr().out.endswith(expected) and (tmp_path / "d.onnx").is_file()
     assert run("--detector", tmp_path / "d.pt", "--export", tmp_path / "e.onnx", tmp_path) == 2
     assert "--export writes the detector and judges no images; leave one of them out" in capsys.readouterr().err
+    before = (tmp_path / "d.pt").read_bytes()
+    assert run("--detector", tmp_path / "d.pt", "--export", tmp_path / "d.pt") == 2
+    assert "d.pt: it is read by this command; name another file" in capsys.readouterr().err
+    assert (tmp_path / "d.pt").read_bytes() == before
+    assert run("--detector", tmp_path / "d.pt", "--export", tmp_path / "e.onnx", "--csv", tmp_path / "e.csv") == 2
+    assert "--export writes the detector and no predictions; leave --csv out" in capsys.readouterr().err
     assert run("--detector", tmp_path / "d.pt") == 2
     assert "name images or folders to judge, or --export FILE.onnx" in capsys.readouterr().err
     assert run("--detector", tmp_path / "d.pt", "--export", tmp_path) == 2

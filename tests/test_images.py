@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import socket
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,39 @@ def test_every_mode_is_turned(tmp_path, mode, ending, orientation):
         decode_image(tmp_path / f"{name}.{ending}", 1, 16, resize=True) for name in ("turned", "upright")
     )
     assert np.array_equal(found, expected)
+
+
+def tiff(bits: int, white_is_zero: bool, pixels: bytes) -> bytes:
+    """A grey TIFF file of 8x8 pixels."""
+    tags = {256: (3, 8), 257: (3, 8), 258: (3, bits), 259: (3, 1), 262: (3, 1 - white_is_zero), 277: (3, 1)}
+    tags |= {278: (3, 8), 279: (4, len(pixels))}
+    tags[273] = (4, 8 + 2 + 12 * (len(tags) + 1) + 4)  # where the pixels begin
+    entries = [struct.pack("<HHII", tag, kind, 1, value) for tag, (kind, value) in sorted(tags.items())]
+    return struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + b"".join(entries) + bytes(4) + pixels
+
+
+@pytest.mark.parametrize(("bits", "white_is_zero"), [(8, False), (8, True), (16, False), (16, True)])
+@pytest.mark.parametrize("white", [False, True])
+def test_white_is_white_whatever_a_tiff_file_calls_it(tmp_path, bits, white_is_zero, white):
+    number = (2**bits - 1) * (white != white_is_zero)
+    (tmp_path / "a.tif").write_bytes(tiff(bits, white_is_zero, number.to_bytes(bits // 8, "little") * 64))
+    assert decode_image(tmp_path / "a.tif", 1, 8).tolist() == [[[255 * white] * 8] * 8]
+
+
+def test_a_tiff_file_of_12_bits_is_refused_rather_than_dark(tmp_path):
+    (tmp_path / "a.tif").write_bytes(tiff(12, False, bytes([255]) * 96))
+    with pytest.raises(UserError, match="a.tif: has pixels of mode I;16 and 12 bits; expected 8 or 16 bits"):
+        decode_image(tmp_path / "a.tif", 1, 8)
+
+
+def test_a_png_file_without_its_palette_is_refused_rather_than_black(tmp_path):
+    Image.new("P", (8, 8), 3).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    start = content.index(b"PLTE") - 4
+    length = struct.unpack(">I", content[start : start + 4])[0] + 12
+    (tmp_path / "a.png").write_bytes(content[:start] + content[start + length :])
+    with pytest.raises(UserError, match="a.png: its palette is missing. Replace or remove it"):
+        decode_image(tmp_path / "a.png", 3, 8)
 
 
 EXIF_6 = bytes.fromhex("4d4d002a00000008000101120003000000010006000000000000")  # orientation 6, as TIFF has it

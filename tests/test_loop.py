@@ -32,7 +32,7 @@ from training.checkpoints import save_network
 from training.config import LoopConfig
 from training.loop import fit, warmup_schedule
 from training.processes import Processes, joined_processes
-from training.run_state import Recorder, RunState
+from training.run_state import Recorder, RunState, load_optimizer
 from training.runs import remove_leftovers
 from training.stages import STAGES
 from training.train_classifier import ClassifierObjective
@@ -226,6 +226,12 @@ def with_moments(state: dict, **changed: object) -> dict:
     return state | {"optimizer": optimizer | {"state": moments}}
 
 
+def moved_moments(state: dict, name: str, by: float) -> dict:
+    optimizer = state["optimizer"]
+    moments = {k: v | {name: v[name] + by} for k, v in optimizer["state"].items()}
+    return state | {"optimizer": optimizer | {"state": moments}}
+
+
 NO_STATE = "is not a state of a training. Start over with --restart"
 NOT_OF_THIS = "is not a state of this training ("
 
@@ -244,10 +250,21 @@ NOT_OF_THIS = "is not a state of this training ("
         (lambda state: state | {"history": [{"epoch": torch.tensor(1)}]}, NO_STATE),
         (lambda state: with_moments(state, step="one"), NOT_OF_THIS + "step of a parameter holds what no step gives"),
         (lambda state: with_moments(state, exp_avg=torch.tensor(1j)), NOT_OF_THIS + "exp_avg of a parameter holds"),
-        (lambda state: with_moments(state, step=torch.tensor(-1.0)), NOT_OF_THIS + "step of a parameter holds what no"),
-        (lambda state: with_moments(state, exp_avg_sq=torch.tensor(-1.0)), NOT_OF_THIS + "exp_avg_sq of a parameter"),
-        (lambda state: with_moments(state, exp_avg=torch.tensor(math.nan)), NOT_OF_THIS + "exp_avg of a parameter"),
+        (lambda state: with_moments(state, step=torch.tensor(-1.0)), NOT_OF_THIS + "the optimizer has made -1 steps"),
+        (lambda state: moved_moments(state, "exp_avg_sq", -1), NOT_OF_THIS + "exp_avg_sq of a parameter holds what no"),
+        (lambda state: moved_moments(state, "exp_avg", math.nan), NOT_OF_THIS + "exp_avg of a parameter holds what no"),
         (lambda state: with_moments(state, exp_avg=torch.zeros(3)), NOT_OF_THIS + "exp_avg is [3], its parameter"),
+        (lambda state: with_moments(state, exp_avg=torch.tensor(0.0)), NOT_OF_THIS + "exp_avg is [], its parameter"),
+        (lambda state: with_moments(state, exp_avg=torch.tensor(1)), NOT_OF_THIS + "exp_avg of a parameter holds"),
+        (lambda state: with_moments(state, exp_avg="abc"), NOT_OF_THIS + "exp_avg of a parameter holds"),
+        (lambda state: with_moments(state, step=torch.ones(3)), NOT_OF_THIS + "step is [3], its parameter"),
+        (lambda state: with_moments(state, step=torch.tensor(1e9)), NOT_OF_THIS + "the optimizer has made 1e+09 steps"),
+        (
+            lambda state: state | {"step": state["step"] + STEPS},
+            NOT_OF_THIS + "its history is not of the epochs up to step",
+        ),
+        (lambda state: state | {"history": []}, NOT_OF_THIS + "its history is not of the epochs"),
+        (lambda state: state | {"history": [{"a": 1}]}, NOT_OF_THIS + "its history is not of the epochs"),
         (lambda state: state | {"optimizer": state["optimizer"] | {"state": {}}}, NOT_OF_THIS + "the optimizer has no"),
     ],
 )
@@ -258,6 +275,18 @@ def test_a_state_with_another_content_is_one_line(tiny, capsys, spoil, message):
     assert tiny() == 2
     error = capsys.readouterr().err
     assert error.startswith("train: error: net.pkl.resume: ") and message in error and error.count("\n") == 1
+
+
+def test_moments_that_show_more_values_than_they_hold_are_one_line():
+    layer = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(layer.parameters())
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    load_optimizer(optimizer, state, 1)
+    state["state"][0]["exp_avg"] = torch.zeros(()).expand(2, 3)
+    with pytest.raises(ValueError, match="exp_avg of a parameter holds what no step gives"):
+        load_optimizer(optimizer, state, 1)
 
 
 def test_what_the_options_decide_is_not_taken_from_the_state(tiny):
@@ -321,7 +350,7 @@ def test_states_are_kept_every_so_many_epochs(tiny, save_every, kept):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tiny, capsys, value, word):
     assert tiny(stop={STEPS + 3: value}) == 2
     error = capsys.readouterr().err
-    assert f"the loss is {word} at step {STEPS + 4} (epoch 2): lower --lr, or use --precision fp32." in error
+    assert f"the loss is {word} at step {STEPS + 4} (epoch 2): lower --lr, or what else was raised." in error
     assert "net.pkl.resume" in error and not Path("net.pkl").exists()
     assert tiny() == 0  # the state goes on where it was good
     tiny(file="whole")
@@ -547,7 +576,7 @@ def test_one_failing_process_of_two_ends_both(tmp_path, moment):
     main_output, other_output = (Path(f"{output}.{rank}").read_text() for rank in range(2))
     if moment == "nan":  # the average is nan for both
         main = other = (
-            "the loss is nan at step 15 (epoch 2): lower --lr, or use --precision fp32. "
+            "the loss is nan at step 15 (epoch 2): lower --lr, or what else was raised. "
             f"The last good state is kept in {parts}.resume."
         )
     else:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -152,6 +156,27 @@ def test_existing_folder_is_not_replaced(tmp_path, source):
     with pytest.raises(UserError, match="LSUN_fix exists; remove it or name another --data-dir"):
         make(tmp_path, source, seed=5)
     assert files[0].read_bytes() == before
+
+
+def test_a_second_one_waits_and_finds_the_first_one_s_set(tmp_path, source):
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)  # as one does that is at work
+    found = []
+
+    def second():
+        try:
+            make(tmp_path, source)
+        except UserError as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    time.sleep(0.3)
+    assert thread.is_alive() and not found
+    (tmp_path / "LSUN_fix").mkdir()
+    os.close(handle)
+    thread.join(30)
+    assert len(found) == 1 and "LSUN_fix exists; remove it or name another --data-dir" in found[0]
 
 
 def test_damaged_image_is_named_and_nothing_is_left(tmp_path, source):

@@ -415,6 +415,33 @@ def test_steps_are_done_once_and_again_when_their_options_change(tmp_path):
     assert (job.folder / "1.txt").read_text() == "new"
 
 
+@pytest.mark.parametrize("change", ["another image", "one less", "one more"])
+def test_a_step_is_done_again_when_the_user_s_images_change(tmp_path, change):
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("a.png", "b.png"):
+        (images / name).write_bytes(b"as it was")
+    job = tiny_job(tmp_path / "job", WRITES, argv=("--ind-dir", str(images)))
+    assert run_job(job.folder) == 0 and job.is_done
+    changed = {"another image": ("a.png", b"as it is "), "one more": ("c.png", b"new")}
+    if change in changed:
+        name, content = changed[change]
+        (images / name).write_bytes(content)
+    else:
+        (images / "a.png").unlink()
+    assert not job.is_done and run_job(job.folder) == 0 and job.is_done
+
+
+def test_ood_images_are_of_no_matter_to_training(tmp_path):
+    for name in ("ind", "ood"):
+        (tmp_path / name).mkdir()
+    argv = ("--ind-dir", str(tmp_path / "ind"), "--ood-dir", str(tmp_path / "ood"))
+    training, testing = (Step("x", module, argv, ()) for module in ("train", "eval"))
+    before = training.images, testing.images
+    (tmp_path / "ood" / "a.png").write_bytes(b"")
+    assert training.images == before[0] and testing.images != before[1]
+
+
 def test_where_there_are_no_locks_jobs_run_all_the_same(tmp_path):
     job = tiny_job(tmp_path / "a", WRITES)
     code = (
@@ -600,6 +627,9 @@ NOT_TOGETHER = "its rows do not go together"
         (["runs"], [], SOMETHING_ELSE),
         (["detection", 0, "auroc"], 7, SOMETHING_ELSE),
         (["detection", 0, "auroc"], 0.123, "has AUROC .* in .* it is 0.123"),
+        (["detection", 0, "fpr95"], 0.123, "has FPR95 .* in .* it is 0.123"),
+        (["detection", 0, "aupr_in"], 0.123, "has AUPR-in .* in .* it is 0.123"),
+        (["images"], {"IND test": 3}, "is of images {'IND test': 3}, expected {'IND t"),
         (["runs", 0, "margins"], {"a": 1}, SOMETHING_ELSE),
         (["runs", 0, "mode"], "FOO", NOT_TOGETHER),
         (["runs", 0, "curve", 0, "auroc"], {}, SOMETHING_ELSE),
@@ -611,12 +641,20 @@ def test_results_with_another_content_are_one_line(tmp_path, reproduced, keys, v
     folder = reproduced / "partition1_seed1"
     content = json.loads((folder / "eval.json").read_text())
     (tmp_path / "eval.json").write_text(json.dumps(spoil(content, *keys, to=value)))
-    expected = {"task": "same_dataset_digits", "partition": "partition1", "seeds": [1]}
+    expected = {"task": "same_dataset_digits", "partition": "partition1", "seeds": [1], "images": content["images"]}
     with pytest.raises(UserError, match=message):
         read_result("partition1", 1, tmp_path / "eval.json", folder / "scores.npz", expected)
 
 
-@pytest.mark.parametrize("rows", [lambda rows: rows * 2, lambda rows: [r for r in rows if r["at"] != "pretrained"]])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        lambda rows: rows * 2,
+        lambda rows: [r for r in rows if r["at"] != "pretrained"],
+        lambda rows: [r for r in rows if r["method"] != "MSP"],
+        lambda rows: [r | ({"ood_dataset": "x"} if r["at"] == "max" else {}) for r in rows],
+    ],
+)
 def test_rows_that_do_not_go_together_are_one_line(tmp_path, reproduced, rows):
     folder = reproduced / "partition1_seed1"
     content = json.loads((folder / "eval.json").read_text())
@@ -871,3 +909,4 @@ def test_a_damaged_result_is_named(tmp_path, reproduced, damaged):
 
 def test_markdown_by_hand():
     assert markdown(["x", "y"], [["1", "2"]]) == "| x | y |\n| --- | --- |\n| 1 | 2 |"
+    assert markdown(["x"], [["a|b"]]).endswith("| a\\|b |")

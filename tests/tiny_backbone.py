@@ -36,3 +36,7 @@ NUMBER = 3
 
 def number() -> int:
     return NUMBER
+
+
+def leaves() -> None:
+    raise SystemExit(3)

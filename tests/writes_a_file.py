@@ -13,6 +13,7 @@ from cli.errors import UserError
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("writes")
     parser.add_argument("file", type=Path)
+    parser.add_argument("--ind-dir")
     parser.add_argument("--word", default=os.environ.get("WORD", ""))
     return parser
 

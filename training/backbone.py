@@ -15,13 +15,13 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 
-from cli.errors import UserError
+from cli.errors import UserError, memory_shortage
 from cli.progress import Progress
 from datasets.datasetsHelper import Images, to_float
 from datasets.tasks import BackboneChoice, Experiment
 from models.backbone import Backbone, without_classifier
 from models.inference import in_chunks
-from training.checkpoints import fill_network, read_state
+from training.checkpoints import fill_network, read_state, weights_checksum
 from utils import load_checkpoint, save_checkpoint
 
 DEFAULT_SIZE = 224  # pixels, where a backbone does not tell
@@ -56,6 +56,11 @@ def from_torchvision(choice: BackboneChoice, pretrained: bool) -> Backbone:
         raise UserError(
             f"--backbone {choice.name}: its weights cannot be fetched ({getattr(error, 'reason', error)}). Fetch "
             f"{weights.url} elsewhere and name the file with --backbone-weights FILE"
+        ) from None
+    except Exception as error:  # whatever a damaged file makes torch stumble over
+        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+        raise UserError(
+            f"--backbone {choice.name}: {file} is damaged ({first_line(error)}). Remove it, and it is fetched again"
         ) from None
     if pretrained and choice.weights:
         fill(network, choice)
@@ -99,6 +104,8 @@ def from_timm(choice: BackboneChoice, pretrained: bool) -> Backbone:
 def from_function(choice: BackboneChoice, pretrained: bool) -> Backbone:
     """What a function of the user's gives: a `Backbone`, or any module from images in [0, 1] to features."""
     module, _, function = choice.name.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), function)):
+        raise UserError(f"--backbone {choice.name}: expected MODULE:FUNCTION, or the name of a model")
     try:
         network = getattr(importlib.import_module(module), function)()
     except ImportError as error:
@@ -106,12 +113,21 @@ def from_function(choice: BackboneChoice, pretrained: bool) -> Backbone:
         raise UserError(f"--backbone {choice.name}: {missing} is not installed or not found; install it") from None
     except AttributeError:
         raise UserError(f"--backbone {choice.name}: {module} has no {function}; expected MODULE:FUNCTION") from None
+    except (Exception, SystemExit) as error:  # the user's own code may do whatever it likes
+        raise UserError(
+            f"--backbone {choice.name}: cannot be made ({type(error).__name__}: {first_line(error)})"
+        ) from None
     if not isinstance(network, nn.Module):
         raise UserError(f"--backbone {choice.name}: gives a {type(network).__name__}, expected a torch.nn.Module")
     backbone = network if isinstance(network, Backbone) else Backbone(network, DEFAULT_SIZE)
     if pretrained and choice.weights:
         fill(backbone.network, choice)
     return backbone
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, or else is called."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def fill(network: nn.Module, choice: BackboneChoice) -> None:
@@ -151,8 +167,9 @@ def prepare(experiment: Experiment, data_dir: Path) -> tuple[Experiment, Encode,
 def encoder(backbone: Backbone, folder: Path) -> tuple[int, Encode]:
     """How many features a backbone gives, and what computes them, or finds them in `folder`. Raises `UserError`."""
     backbone.to(memory_format=torch.channels_last)
-    count = features_of(backbone, torch.zeros(1, 3, backbone.size, backbone.size)).shape[1]
-    weights = hashlib.sha256(f"{backbone.name} {backbone.size} {backbone.interpolation}".encode())
+    probed = probe(backbone)
+    count = probed.shape[1]
+    weights = hashlib.sha256(f"{backbone.name} {backbone.size} {backbone.interpolation} {seen_from(probed)}".encode())
     for tensor in backbone.state_dict().values():
         weights.update(tensor.cpu().contiguous().numpy().tobytes())
 
@@ -165,9 +182,17 @@ def encoder(backbone: Backbone, folder: Path) -> tuple[int, Encode]:
             return kept
         backbone.to(device)
         progress = Progress(len(images), backbone.name)
-        features = in_chunks(
-            lambda part: features_of(backbone, to_float(part)), images, precision, progress, device
-        ).cpu()
+
+        def of_part(part: Tensor) -> Tensor:
+            features = features_of(backbone, to_float(part))
+            if features.shape != (len(part), count, 1, 1):
+                shape = list(features.shape[:2])
+                raise UserError(
+                    f"--backbone {backbone.name}: gives {shape} features for {len(part)} images, not {count} each"
+                )
+            return features
+
+        features = in_chunks(of_part, images, precision, progress, device).cpu()
         progress.close()
         if bad := int((~features.flatten(1).isfinite().all(1)).sum()):
             raise UserError(
@@ -183,14 +208,45 @@ def features_of(backbone: Backbone, images: Tensor) -> Tensor:
     """[B, C, H, W] -> [B, F, 1, 1]. Raises `UserError` where the network does not take them."""
     try:
         return backbone(images)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        if "memory" in str(error):
+    except TypeError as error:
+        raise UserError(f"--backbone {backbone.name}: {first_line(error)}") from None
+    except Exception as error:  # of the user's own network
+        if memory_shortage(error):
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"--backbone {backbone.name}: does not take images of {backbone.size}x{backbone.size} pixels ({reason}); "
-            "name another --image-size"
+            f"--backbone {backbone.name}: does not take images of {backbone.size}x{backbone.size} pixels "
+            f"({first_line(error)}); name another --image-size"
         ) from None
+
+
+PROBES = 2  # images
+
+
+@torch.no_grad()
+def probe(backbone: Backbone) -> Tensor:
+    """The features of images of noise, always the same, [PROBES, F], on the CPU. Raises `UserError`."""
+    noise = torch.rand(PROBES, 3, backbone.size, backbone.size, generator=torch.Generator().manual_seed(0))
+    features = features_of(backbone, noise.to(backbone.mean.device)).flatten(1).float().cpu()
+    if features.shape[0] != PROBES or not features.shape[1]:
+        raise UserError(f"--backbone {backbone.name}: gives {list(features.shape)} features for {PROBES} images")
+    return features
+
+
+def answers(backbone: Backbone) -> list[float]:
+    """What tells two functions with the same weights apart. Raises `UserError`."""
+    return seen_from(probe(backbone))
+
+
+def seen_from(features: Tensor) -> list[float]:
+    """Features from a few directions, in so few digits that another processor finds the same."""
+    features = features.double().flatten()
+    directions = torch.randn(6, len(features), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return [round(float(value), 2) for value in directions @ features / features.norm().clamp_min(1e-30)]
+
+
+def identity(backbone: Backbone) -> dict[str, object]:
+    """What checkpoints say of the backbone on whose features a network was trained."""
+    return {"backbone": weights_checksum(backbone), "backbone_answers": answers(backbone)}
 
 
 def read_features(path: Path, rows: int, count: int) -> Tensor | None:

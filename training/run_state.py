@@ -108,8 +108,12 @@ class RunState:
             step = self.step - len(self.losses) + index + 1
             raise UserError(
                 f"the loss is {losses[index].item()} at step {step} (epoch {(step - 1) // self.steps_per_epoch + 1}): "
-                f"lower --lr, or use --precision fp32.{kept}"
+                f"lower --lr, or what else was raised{self.or_fp32()}.{kept}"
             )
+
+    def or_fp32(self) -> str:
+        """Another remedy, where there is one."""
+        return ", or use --precision fp32" if self.config.precision == "bf16" else ""
 
     def end_epoch(self, count: int, images_per_second: float) -> None:
         """Close the epoch that has just been completed: check it, record it, save the state."""
@@ -138,7 +142,7 @@ class RunState:
     def save(self) -> None:
         """Write the resumable state, whole or not at all; one with a loss or weights that are not finite never."""
         self.check_finite()
-        check_weights(self.model, -(-self.step // self.steps_per_epoch))
+        check_weights(self.model, -(-self.step // self.steps_per_epoch), self.or_fp32())
         if self.losses:  # the same on every process, so that one file can restore all
             self.losses = list(self.processes.mean(torch.stack(self.losses)))
             self.sums = {name: self.processes.mean(total) for name, total in self.sums.items()}
@@ -188,8 +192,11 @@ class RunState:
             try:
                 if len(saved["losses"]) != saved["step"] % self.steps_per_epoch:
                     raise ValueError(f"{len(saved['losses'])} losses at step {saved['step']}")
+                behind = range(1, saved["step"] // self.steps_per_epoch + 1)
+                if [line.get("epoch") for line in saved["history"]] != list(behind):
+                    raise ValueError(f"its history is not of the epochs up to step {saved['step']}")
                 self.model.load_state_dict(saved["model"])
-                load_optimizer(self.optimizer, saved["optimizer"], begun=saved["step"] > 0)
+                load_optimizer(self.optimizer, saved["optimizer"], saved["step"])
                 self.losses = [loss.to(device) for loss in saved["losses"]]
                 self.sums = {name: value.to(device) for name, value in saved["sums"].items()}
             except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -207,13 +214,11 @@ class RunState:
                 self.recorder.log.write_text("".join(map(json_line, self.history)))
 
 
-def check_weights(model: nn.Module, epoch: int) -> None:
+def check_weights(model: nn.Module, epoch: int, or_fp32: str) -> None:
     """Raise `UserError` where training has left weights that are not finite, though the losses up to there were."""
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
-            raise UserError(
-                f"{name} is not finite any more in epoch {epoch}: lower --lr, or use --precision fp32; nothing is saved"
-            )
+            raise UserError(f"{name} is not finite any more in epoch {epoch}: lower --lr{or_fp32}; nothing is saved")
 
 
 def json_line(line: dict) -> str:
@@ -222,11 +227,11 @@ def json_line(line: dict) -> str:
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, begun: bool) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, step: int) -> None:
     """Load the state of an optimizer, or of several as one, but for what its options decide: these stay its own.
 
     Args:
-        begun: whether a step has been made, so that there are moments.
+        step: how many steps have been made.
 
     Raises:
         ValueError, and what torch raises: the state is another's.
@@ -239,7 +244,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, begun: bool) -
         for group, given in zip(part.param_groups, options, strict=True):
             group.update(given)
             for parameter in group["params"]:
-                check_moments_of(part, parameter, begun)
+                check_moments_of(part, parameter, step)
 
 
 MOMENTS = {torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"}}  # what there is of each parameter after a step
@@ -252,23 +257,28 @@ def check_moments(state: object) -> None:
     for name, value in (
         state.items() if isinstance(state, dict) else enumerate(state if isinstance(state, list) else ())
     ):
-        if (name in ALL_MOMENTS and not isinstance(value, Tensor)) or (
-            isinstance(value, Tensor) and not value.is_floating_point()
-        ):
+        if isinstance(value, Tensor):
+            odd = not value.is_floating_point() or value.is_meta or value.is_nested or value.layout != torch.strided
+            odd = odd or value.numel() * value.element_size() > value.untyped_storage().nbytes()
+        else:
+            odd = name in ALL_MOMENTS
+        if odd:
             raise ValueError(f"{name} of a parameter holds what no step gives")
         check_moments(value)
 
 
-def check_moments_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, begun: bool) -> None:
-    """Raise `ValueError` where an optimizer lacks moments of a parameter, or has some of another shape: torch would
-    read beyond their end."""
+def check_moments_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, step: int) -> None:
+    """Raise `ValueError` where an optimizer lacks moments of a parameter, or has some of another shape or after other
+    than `step` steps: torch would read beyond their end, or go on to another result."""
     state = optimizer.state.get(parameter, {})
-    if begun and (lacking := MOMENTS.get(type(optimizer), set()) - state.keys()):
+    if step and (lacking := MOMENTS.get(type(optimizer), set()) - state.keys()):
         raise ValueError(f"the optimizer has no {min(lacking)} of a parameter")
     for name, value in state.items():
         if not isinstance(value, Tensor):
             continue
-        if value.shape not in (parameter.shape, ()):
+        if value.shape != (() if name == "step" else parameter.shape):
             raise ValueError(f"{name} is {list(value.shape)}, its parameter {list(parameter.shape)}")
+        if name == "step" and value != step:
+            raise ValueError(f"the optimizer has made {value:g} steps, not {step}")
         if not value.isfinite().all() or (name in ("step", "exp_avg_sq") and (value < 0).any()):
             raise ValueError(f"{name} of a parameter holds what no step gives")

@@ -12,7 +12,7 @@ from torch import nn
 from cli.options import Machine
 from datasets.datasetsHelper import Images
 from datasets.tasks import Experiment
-from training.backbone import encoded, prepare
+from training.backbone import encoded, identity, prepare
 from training.checkpoints import weights_checksum
 from training.config import RunOptions, TrainingOptions
 from training.loop import warmup_schedule
@@ -51,7 +51,7 @@ def train_network(
 
     see, more = partial(encoded, encode), {}
     if backbone:
-        what |= {"backbone": weights_checksum(backbone)}
+        what |= identity(backbone)
         more = {"encode": see, "start": lambda model, features: model.convE.fit(features.images)}
     if stage is STAGES["train_feature_cvae"]:
         path_of_classifier = chosen.classifier or experiment.checkpoint("train_classifier")
