@@ -168,7 +168,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"in the queue: {', '.join(f'{name} as {number}' for name, number in numbers.items())}")
         print("Run the same command again to see how far they are and to get the tables of what is done")
     elif waiting:
-        launchers.run_local(waiting, launchers.local_slots(args.device, args.jobs))
+        launchers.run_local(waiting, launchers.local_slots(args.device, args.jobs, len(waiting)))
 
     done, left = [job for job in jobs if job.is_done], [job for job in jobs if not job.is_done]
     for job in left if args.launcher == "local" else ():

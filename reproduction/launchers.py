@@ -24,8 +24,8 @@ FREE_SHARE = 0.9  # of the memory of a GPU that counts as free
 TIME_OUTS = 30  # how often a job may continue after its time was up; submitit's 3 would end a long training
 
 
-def local_slots(device: str | None, jobs: int | None) -> list[dict[str, str]]:
-    """The environment of each job that may run at the same time on this machine.
+def local_slots(device: str | None, jobs: int | None, waiting: int) -> list[dict[str, str]]:
+    """The environment of each of the `waiting` jobs that may run at the same time on this machine.
 
     Raises `UserError` when `device` is none, or no GPU is free.
 
@@ -39,9 +39,9 @@ def local_slots(device: str | None, jobs: int | None) -> list[dict[str, str]]:
             raise UserError("no GPU is free: wait, name one with --device cuda:N, or use --device cpu")
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
-        return [{"CUDA_VISIBLE_DEVICES": names[index]} for index in free[:jobs]]
+        return [{"CUDA_VISIBLE_DEVICES": names[index]} for index in free[: min(jobs or waiting, waiting)]]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = jobs or (min(2, cores) if device in (None, "cpu") else 1)
+    count = min(jobs or (min(2, cores) if device in (None, "cpu") else 1), waiting)
     limit = os.environ.get("OMP_NUM_THREADS", "")
     threads = max(1, min(cores // count, int(limit)) if limit.isdecimal() else cores // count)
     return [{"OMP_NUM_THREADS": str(threads)}] * count

@@ -475,23 +475,24 @@ def order(lines: list[str]) -> list[str]:
 def test_without_a_gpu_slots_share_the_cores(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
-    assert local_slots("cpu", None) == [{"OMP_NUM_THREADS": "3"}] * 2
-    assert local_slots("cpu", 3) == [{"OMP_NUM_THREADS": "2"}] * 3
+    assert local_slots("cpu", None, 9) == [{"OMP_NUM_THREADS": "3"}] * 2
+    assert local_slots("cpu", 3, 9) == [{"OMP_NUM_THREADS": "2"}] * 3
     with pytest.raises(UserError, match="--device tpu9: not a device"):
-        local_slots("tpu9", None)
-    assert local_slots("cpu", 9) == [{"OMP_NUM_THREADS": "1"}] * 9
+        local_slots("tpu9", None, 9)
+    assert local_slots("cpu", 9, 9) == [{"OMP_NUM_THREADS": "1"}] * 9
+    assert local_slots("cpu", None, 1) == [{"OMP_NUM_THREADS": "6"}]  # one job alone takes all cores
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert local_slots("cuda:1", None) == [{"OMP_NUM_THREADS": "6"}]  # the GPU that is named takes one
+    assert local_slots("cuda:1", None, 9) == [{"OMP_NUM_THREADS": "6"}]  # the GPU that is named takes one
     with pytest.raises(UserError, match="--device cuda:2: no such GPU"):
-        local_slots("cuda:2", None)
+        local_slots("cuda:2", None, 9)
 
 
 @pytest.mark.parametrize(("limit", "threads"), [("1", "1"), ("2", "2"), ("9", "3"), ("2,1", "3")])
 def test_the_limit_of_threads_of_the_environment_is_kept(monkeypatch, limit, threads):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", limit)
-    assert local_slots("cpu", None) == [{"OMP_NUM_THREADS": threads}] * 2
+    assert local_slots("cpu", None, 9) == [{"OMP_NUM_THREADS": threads}] * 2
 
 
 def test_jobs_find_the_repository_from_anywhere(tmp_path, monkeypatch):
@@ -720,12 +721,12 @@ def test_free_gpus_take_one_job_each(monkeypatch):
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda index: memory[index])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for device in (None, "cuda"):
-        assert local_slots(device, None) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "2"}]
+        assert local_slots(device, None, 9) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "2"}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
-    assert local_slots(None, 1) == [{"CUDA_VISIBLE_DEVICES": "4"}]
+    assert local_slots(None, 1, 9) == local_slots(None, None, 1) == [{"CUDA_VISIBLE_DEVICES": "4"}]
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda index: (1, 100))
     with pytest.raises(UserError, match="no GPU is free"):
-        local_slots(None, None)
+        local_slots(None, None, 9)
 
 
 def test_submitit_runs_the_same_jobs_and_queues_none_twice(tmp_path, monkeypatch):
