@@ -17,7 +17,8 @@ from cli.files import check_outputs, kind_of, replacing
 from cli.progress import Progress, counted
 from cmg.detector import CMGDetector
 from datasets.datasetsHelper import to_float
-from datasets.folders import Chunk, no_images, read_chunks, search
+from datasets.folders import Chunk, read_chunks
+from datasets.search import no_images, search
 from evaluation.report import align
 from models.inference import chunk_size
 from utils import autocast, start_computing

@@ -8,7 +8,6 @@ any time.
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -19,86 +18,14 @@ from typing import NamedTuple
 import numpy as np
 
 from cli.errors import UserError
-from cli.files import identity_of, kind_of, replacing, unreadable
+from cli.files import replacing
 from cli.progress import Progress
 from datasets.decoding import PILLOW_MODES, SMALL, decode_image, decoded, to_array
+from datasets.search import find_images, raise_all, state_of
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
 THREADS = min(8, os.cpu_count() or 1)
 BLOCK = 512  # images handed to the threads at once
 PIECE = 32  # images that one of several threads decodes in one go
-
-
-class Found(NamedTuple):
-    """What a folder holds.
-
-    Attributes:
-        names: the images, as paths relative to the folder with forward slashes, in the order of their names.
-        complaints: what could not be searched or is not a plain file, by path.
-    """
-
-    names: list[str]
-    complaints: dict[Path, str]
-
-
-def search(root: Path) -> Found:
-    """The images below `root` at any depth; hidden files and folders are left out.
-
-    Links to images and folders are followed, but a folder is entered once, by its own path where it has one below
-    `root`; folders that hold `root` are not entered at all. So no link to a folder makes an image count twice.
-    """
-    names, complaints = [], {}
-    entered = {identity_of(folder) for folder in Path(os.path.realpath(root)).parents}
-    folders, links = [""], deque()
-    while folders or links:
-        prefix = folders.pop() if folders else links.popleft()
-        try:
-            if (identity := identity_of(root / prefix)) in entered:
-                continue
-            entered.add(identity)
-            with os.scandir(root / prefix) as found:
-                entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda e: e.name)
-        except OSError as error:
-            complaints[root / prefix] = unreadable(root / prefix, error)
-            continue
-        for entry in entries:
-            name = f"{prefix}/{entry.name}" if prefix else entry.name
-            try:
-                kind = kind_of(entry)
-            except OSError as error:  # such as a link that leads nowhere, which may have been a folder
-                complaints[root / name] = unreadable(root / name, error)
-                continue
-            if kind == "folder":
-                (links if entry.is_symlink() else folders).append(name)
-            elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
-                if kind == "file":
-                    names.append(name)
-                else:
-                    complaints[root / name] = f"{root / name}: is not a plain file but a {kind}. Remove it"
-    return Found(sorted(names), dict(sorted(complaints.items())))
-
-
-def list_images(root: Path) -> list[str]:
-    """The names that `search` finds, maybe none. Raises `UserError` where something could not be read."""
-    names, complaints = search(Path(root))
-    raise_all(list(complaints.values()))
-    return names
-
-
-def find_images(root: Path) -> list[str]:
-    """What `list_images` gives. Raises `UserError` when there are none."""
-    names = list_images(root)
-    if not names:
-        raise UserError(no_images(root))
-    return names
-
-
-def no_images(root: Path) -> str:
-    """The complaint about a folder without images."""
-    return (
-        f"{root}: no images there; expected a folder of images, in subfolders or not "
-        f"({' '.join(sorted(IMAGE_SUFFIXES))})"
-    )
 
 
 def read_images(
@@ -123,7 +50,7 @@ def read_images(
         root = root.resolve()
     names = find_images(root)
     cache = root.parent / f".{root.name}.{channels}x{size}x{size}.npz"
-    key = _fingerprint(root, names, resize)
+    key = f"{state_of(root, names)} {resize}"
     images = _load_packed(cache, key) if packed else None
     if images is None or images.shape != (len(names), channels, size, size):
         images = _decode_all(root, names, channels, size, resize)
@@ -157,13 +84,6 @@ def for_each(work: Callable[[int], str | None], count: int, label: str) -> list[
             progress.advance(len(block))
     progress.close()
     return complaints
-
-
-def raise_all(complaints: Sequence[str], most: int = 10) -> None:
-    """Raise `UserError` with the complaints, if there are some, in one line: the first `most` and how many more."""
-    if complaints:
-        more = [f"and {len(complaints) - most} more"] if len(complaints) > most else []
-        raise UserError("; ".join([*complaints[:most], *more]))
 
 
 class Chunk(NamedTuple):
@@ -231,28 +151,7 @@ def _finished(paths: Sequence[Path], pixels: np.ndarray, jobs: list[Future]) -> 
     return Chunk(paths, pixels, list(changed), list(complaints))
 
 
-def state_of(root: Path) -> str:
-    """What changes when an image below `root` does, is added or goes, as far as a look at the files tells."""
-    return _fingerprint(Path(root), search(Path(root)).names, resize=False)
-
-
 # --- the packed file ----------------------------------------------------------------------------
-
-
-DECODING = 3  # counted up when images are decoded otherwise than before: packed files of then are made anew
-
-
-def _fingerprint(root: Path, names: list[str], resize: bool) -> str:
-    """What the packed file of these images is known by. Raises `UserError` naming one that is not there."""
-    lines = [f"{DECODING}\0{resize}"]
-    for name in names:
-        try:
-            status = os.stat(root / name)
-        except OSError as error:
-            raise UserError(unreadable(root / name, error)) from None
-        # The time of change can be set back; that of the change of the file's state cannot.
-        lines.append(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}")
-    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _load_packed(cache: Path, key: str) -> np.ndarray | None:

@@ -24,8 +24,9 @@ from cli.errors import UserError, run_command
 from cli.options import seed_number
 from datasets.decoding import decoded, in_mode, square
 from datasets.experiments import class_folders
-from datasets.folders import for_each, list_images, raise_all, read_images
+from datasets.folders import for_each, read_images
 from datasets.obtain import locked, write_record
+from datasets.search import list_images, raise_all
 
 MIDDLE, SIDE = 256, 32  # pixels: of the cut-out, of the result
 

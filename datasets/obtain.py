@@ -25,8 +25,9 @@ import numpy as np
 from cli.errors import UserError
 from cli.files import write_json
 from datasets.archives import FetchError, digest, fetch, inner_folder, unpack
-from datasets.folders import IMAGE_SUFFIXES, forget_packed, list_images, search
+from datasets.folders import forget_packed
 from datasets.formats import Arrays, existing
+from datasets.search import IMAGE_SUFFIXES, list_images, search
 from datasets.sources import SOURCES, Download, Source
 from datasets.tasks import Experiment
 

@@ -26,7 +26,7 @@ from PIL import Image
 
 from cli.errors import Stopped, UserError, run_command
 from cli.files import fits, read_json, write_json
-from datasets.folders import state_of
+from datasets.search import state_of
 from reproduction.results import read_ablations, read_reported
 from training.config import resume_path
 

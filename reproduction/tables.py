@@ -64,6 +64,10 @@ def read_result(
     for key, array in arrays.items():
         if array.dtype.kind != "f" or array.ndim != 1 or not len(array) or not np.isfinite(array).all():
             raise UserError(f"{scores}: {key} is not a list of finite scores: {again} (the other is {output})")
+    lengths = {}
+    for key, array in arrays.items():
+        if lengths.setdefault(key.rsplit("/", 1)[-1], len(array)) != len(array):
+            raise UserError(f"{scores}: {key} is of another number of images than the others: {again}")
     for row in content["detection"]:
         if row["at"] == "max":
             continue
@@ -78,10 +82,6 @@ def read_result(
                     f"{scores}: {detector} has {METRICS[name]} {value:.6f} on {row['ood_dataset']}, in {output} it is "
                     f"{row[name]:.6f}: {again}"
                 )
-    lengths = {}
-    for key, array in arrays.items():
-        if lengths.setdefault(key.rsplit("/", 1)[-1], len(array)) != len(array):
-            raise UserError(f"{scores}: {key} is of another number of images than the others: {again}")
     return JobResult(partition, seed, content, arrays)
 
 

@@ -27,7 +27,7 @@ from cli.errors import UserError, run_command
 from cli.files import check_outputs
 from cli.options import changed_options, options_given
 from cmg import losses
-from cmg.config import FineTuneConfig
+from cmg.config import FineTuneConfig, with_recipe
 from datasets import obtain
 from datasets.archives import FetchError
 from datasets.datasetsHelper import READERS, Images, load_ind
@@ -292,7 +292,8 @@ def test_defaults_are_the_embedded_task_and_the_paper(workplace):
         assert (args.task, args.partition, args.device) == ("same_dataset_digits", None, None)
         assert (args.data_dir, args.precision) == (Path("datasets"), "auto")
     assert train_args.command == "train_classifier"
-    assert (eval_args.mode, eval_args.ood_dataset, eval_args.seeds) == (["all"], ["all"], [123])
+    assert (eval_args.recipe, eval_args.ood_dataset, eval_args.seeds) == (None, ["all"], [123])
+    assert (with_recipe(eval_args).mode, with_recipe(eval_args).space) == (["all"], "images")
     configs = LoopConfig, TrainingOptions, RunOptions
     assert all(options_given(train_args, config) == {} for config in configs)
     assert options_given(eval_args, FineTuneConfig) == {}
@@ -428,7 +429,7 @@ def test_a_head_that_diverges_is_one_line(workplace, capsys):
     capsys.readouterr()
     line = error_of(capsys, eval, "--lr", "1e30", "--epochs", 30, "--device", "cpu")
     assert re.search(r"CMG-(energy|softmax), seed 123: the logits are not finite after step \d+: lower --lr", line)
-    line = error_of(capsys, eval, "--anchor", "1e38", "--mode", "CMG-energy", "--epochs", 30, "--device", "cpu")
+    line = error_of(capsys, eval, "--anchor", "1e300", "--mode", "CMG-energy", "--epochs", 30, "--device", "cpu")
     assert line.endswith(": lower --lr or --sigma or --anchor")
 
 

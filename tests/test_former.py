@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from cmg.config import FineTuneConfig
+from evaluation.metrics import detection_metrics
 from reproduction import ablate, report
 from reproduction.former import with_todays_keys, with_todays_names
 from reproduction.tables import JobResult, detection_summary, read_result
@@ -66,8 +68,18 @@ def evaluated(at: str, config: dict) -> dict:
     """What eval writes, where `at` is what the step before fine-tuning is called."""
 
     def row(method: str, seed: int | None, step: str, auroc: float) -> dict:
-        rest = {"fpr95": 0.5, "aupr_out": 0.6, "aupr_in": 0.7} if step != "max" else {}
-        return {"method": method, "ood_dataset": "held-out-classes", "seed": seed, "at": step, "auroc": auroc} | rest
+        ind, _, ood = SCORES[f"{method}/{seed or '-'}"]
+        rest = detection_metrics(torch.tensor(ind), torch.tensor(ood)) if step != "max" else {}
+        return (
+            {
+                "method": method,
+                "ood_dataset": "held-out-classes",
+                "seed": seed,
+                "at": step,
+            }
+            | rest
+            | {"auroc": auroc}
+        )
 
     ind = [{"method": "classifier", "seed": None, "at": at, "accuracy": 0.9, "ece": 0.05}]
     return {name: ABOUT[name] for name in ("task", "images", "environment")} | {
@@ -137,7 +149,7 @@ def test_a_former_result_gives_its_table(former, todays, tmp_path):
     assert written["former"] == written["todays"]
     table = written["former"][Path("table.md")].decode()
     for line in (
-        "| CMG-energy | last | 100.00 | 50.00 | 60.00 | 70.00 | 1 |",
+        "| CMG-energy | last | 100.00 | 0.00 | 100.00 | 100.00 | 1 |",
         "| MSP | pretrained | 83.33 | 50.00 | 60.00 | 70.00 | 1 |",
         "pretrained: the classifier before fine-tuning.",
         "| classifier | pretrained | 90.00 | 5.00 |",

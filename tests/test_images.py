@@ -17,7 +17,8 @@ from datasets import decoding, obtain
 from datasets.datasetsHelper import load_ind, load_ood
 from datasets.decoding import decode_image, square
 from datasets.experiments import custom_task
-from datasets.folders import list_images, read_chunks, read_images, search
+from datasets.folders import read_chunks, read_images
+from datasets.search import list_images, search
 from datasets.tasks import Experiment
 from tests.tiny_data import write_folder
 

@@ -20,8 +20,9 @@ from cli.errors import UserError
 from datasets import folders, obtain
 from datasets.datasetsHelper import READERS, load_ind, load_ood
 from datasets.decoding import decode_image, square
-from datasets.folders import list_images, read_images
+from datasets.folders import read_images
 from datasets.formats import read_idx
+from datasets.search import list_images
 from datasets.tasks import HELD_OUT, TASKS, Experiment
 from tests.tiny_data import (
     python2_pickle,
