@@ -696,7 +696,8 @@ def test_an_argument_that_cannot_be_is_named(workplace, capsys, command, argv, m
 
 # --- what the README shows ----------------------------------------------------------------------
 
-PYTHON = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+TEXT = "".join((ROOT / name).read_text() for name in ("docs/running.md", "README.md"))
+PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 def test_the_readmes_detectors_agree(digits):

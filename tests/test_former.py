@@ -150,7 +150,7 @@ def test_a_former_result_gives_its_table(former, todays, tmp_path):
     table = written["former"][Path("table.md")].decode()
     for line in (
         "| CMG-energy | last | 100.00 | 0.00 | 100.00 | 100.00 | 1 |",
-        "| MSP | pretrained | 83.33 | 50.00 | 60.00 | 70.00 | 1 |",
+        "| MSP | pretrained | 83.33 | 33.33 | 83.33 | 91.67 | 1 |",
         "pretrained: the classifier before fine-tuning.",
         "| classifier | pretrained | 90.00 | 5.00 |",
         "| --sigma 5 | 100.00 |",
