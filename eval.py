@@ -23,10 +23,10 @@ from cli.options import (
     add_options,
     add_seeds_argument,
     changed_options,
+    idle_options,
     option_fields,
     options_given,
     pick_all,
-    refuse_idle_options,
 )
 from cmg.config import JOINT, RECIPES, FineTuneConfig, Request, with_recipe
 from cmg.losses import MODES
@@ -115,7 +115,9 @@ def main(args: argparse.Namespace) -> None:
 
     request = read_run(args)
     output = args.output or default_output(
-        request, changed_options(args, get_parser(), NAMED, None if args.tune == JOINT else FineTuneConfig)
+        request,
+        # Beside a recipe, or joint training, an option's own default may be a change.
+        changed_options(args, get_parser(), NAMED, None if args.tune == JOINT or args.recipe else FineTuneConfig),
     )
     baselines = [] if args.baselines is None else list(dict.fromkeys(args.baselines)) or list(POST_HOC)
     evaluate(request, baselines, output, args.save_scores, args.save_detector)
@@ -168,7 +170,8 @@ def check_fine_tuning(args: argparse.Namespace, experiment: Experiment, ood_name
 def read_run(args: argparse.Namespace) -> Request:
     """`read_arguments`, for one run: no option may be given that it would not look at."""
     request = read_arguments(args)
-    refuse_idle_options(with_recipe(args), FineTuneConfig)
+    for remark in idle_options(with_recipe(args), FineTuneConfig):
+        raise UserError(f"--recipe {args.recipe}: {remark}" if args.recipe else f"{remark}; leave it out")
     return request
 
 

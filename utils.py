@@ -145,8 +145,8 @@ def cpu_name() -> str:
 # --- memory -------------------------------------------------------------------------------------
 
 
-def check_memory(needed: int, device: torch.device, what: str) -> None:
-    """Find out before `needed` bytes are filled, as `what`, whether they are there.
+def check_memory(needed: int, device: torch.device | None, what: str) -> None:
+    """Find out before `needed` bytes of a device, or of the processor, are filled, as `what`, whether they are there.
 
     A system that promises more memory than it has does not refuse: it ends the process, or others.
 
@@ -155,7 +155,7 @@ def check_memory(needed: int, device: torch.device, what: str) -> None:
     """
     if needed < 2**28:  # not worth asking
         return
-    free = free_memory(device)
+    free = free_memory(device or torch.device("cpu"))
     if free is not None and needed > free:
         raise MemoryShortage(
             f"not enough memory: {what} would take {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cli.errors import UserError, printable
 from cli.files import kind_of, unreadable
-from cli.options import positive_int
+from cli.options import number
 from datasets.tasks import (
     CUSTOM,
     FAMILIES,
@@ -29,6 +29,8 @@ from datasets.tasks import (
     UserFolder,
     all_partitions,
 )
+
+MOST_PIXELS = 4096  # a side of an image: more than any backbone was made for, and no more than memory holds
 
 
 def custom_task(ind_dir: Path, ood_dirs: Sequence[Path] = (), image_size: int = 32, image_channels: int = 3) -> Task:
@@ -196,7 +198,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--image-size",
-        type=positive_int,
+        type=number(int, above=0, most=MOST_PIXELS),
         help="Side in pixels of the images of --task custom, "
         f"{' or '.join(map(str, FAMILIES))} (default: 32), or of those that the backbone sees (default: its own)",
     )

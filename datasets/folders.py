@@ -60,6 +60,9 @@ def read_images(
 
 
 def _decode_all(root: Path, names: list[str], channels: int, size: int, resize: bool) -> np.ndarray:
+    from utils import check_memory  # of torch, which listing and fetching do without
+
+    check_memory(len(names) * channels * size * size, None, f"{len(names):,} images of {size}x{size} pixels")
     images = np.empty((len(names), channels, size, size), np.uint8)
 
     def decode(index: int) -> str | None:

@@ -105,6 +105,6 @@ def state_of(root: Path, names: list[str] | None = None) -> str:
             status = os.stat(root / name)
         except OSError as error:
             raise UserError(unreadable(root / name, error)) from None
-        # The time of change can be set back; that of the change of the file's state cannot.
-        lines.append(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}")
+        # The time of change can be set back; that of the change of the file's state cannot, but others may share it.
+        lines.append(f"{name}\0{status.st_ino}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}")
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()

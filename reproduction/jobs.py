@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -48,8 +49,8 @@ class Step:
 
     Attributes:
         module: of the command, such as "train".
-        argv: its options; with other options, or other images in the user's folders that they name, it is another
-            step, which has to be done again.
+        argv: its options; with other options, or another content of the user's folders and files that they name, it is
+            another step, which has to be done again.
         outputs: the files it writes.
     """
 
@@ -64,12 +65,13 @@ class Step:
         return Path(self.argv[self.argv.index("--classifier") + 1]) if "--classifier" in self.argv else None
 
     @property
-    def images(self) -> list[str]:
-        """The state of the user's own images that it reads, by folder: train reads no OOD images."""
-        flags = ("--ind-dir",) if self.module == "train" else ("--ind-dir", "--ood-dir")
-        folders = [self.argv[i + 1] for i, word in enumerate(self.argv) if word in flags]
+    def reads(self) -> list[str]:
+        """The state of what it reads of the user's own: images by folder, of which train needs no OOD images, and the
+        weights or code of a backbone."""
+        flags = ("--ind-dir", "--backbone", "--backbone-weights", *(("--ood-dir",) if self.module != "train" else ()))
+        given = [(word, self.argv[i + 1]) for i, word in enumerate(self.argv) if word in flags]
         try:
-            return [state_of(Path(folder)) for folder in folders]
+            return [state for flag, value in given if (state := state_of_input(flag, value))]
         except UserError:  # an image went meanwhile
             return ["changing"]
 
@@ -129,7 +131,7 @@ class Job:
             content = read_json(self.folder / "done.json", {}, "what is done of a job")
         except UserError:
             return {}
-        shape = {"argv": [str], "seconds": float, "images": ([str],)}
+        shape = {"argv": [str], "seconds": float, "reads": ([str],)}
         return {name: record for name, record in content.items() if fits(record, shape)}
 
     def records(self) -> dict[str, dict]:
@@ -139,7 +141,7 @@ class Job:
             record = recorded.get(step.name)
             if not record or record["argv"] != list(step.argv) or not all(map(step.is_intact, step.outputs)):
                 break
-            if record.get("images", []) != step.images:
+            if record.get("reads", []) != step.reads:
                 break
             found[step.name] = record
         return found
@@ -147,6 +149,20 @@ class Job:
     @property
     def is_done(self) -> bool:
         return len(self.records()) == len(self.steps)
+
+
+def state_of_input(flag: str, value: str) -> str:
+    """What changes when the folder or file, or the code, that an option names does; empty where there is none."""
+    path = Path(value)
+    if flag == "--backbone":
+        try:
+            found = importlib.util.find_spec(value.partition(":")[0]) if ":" in value else None
+        except (ImportError, ValueError):
+            found = None
+        path = Path(found.origin) if found and found.has_location else Path(os.devnull)
+    if path.is_dir():
+        return state_of(path)
+    return state_of(path.parent, [path.name]) if path.is_file() else ""
 
 
 def is_whole_picture(path: Path) -> bool:
@@ -192,7 +208,7 @@ def run_job(folder: Path) -> int:
             if step.name in records:
                 continue
             print(f"$ python -m {' '.join([step.module, *step.argv, *job.machine])}")
-            start, images = time.monotonic(), step.images
+            start, reads = time.monotonic(), step.reads
             step.forget_broken()
             try:
                 command = importlib.import_module(step.module)
@@ -205,7 +221,7 @@ def run_job(folder: Path) -> int:
             if status:
                 return status
             record = {"argv": list(step.argv), "seconds": round(time.monotonic() - start, 1)}
-            record |= {"images": images} if images else {}
+            record |= {"reads": reads} if reads else {}
             write_json(job.folder / "done.json", records | {step.name: record})
     return 0
 

@@ -18,7 +18,7 @@ from datasets.datasetsHelper import load_ind, load_ood
 from datasets.decoding import decode_image, square
 from datasets.experiments import custom_task
 from datasets.folders import read_chunks, read_images
-from datasets.search import list_images, search
+from datasets.search import list_images, search, state_of
 from datasets.tasks import Experiment
 from tests.tiny_data import write_folder
 
@@ -95,6 +95,27 @@ def test_white_is_white_whatever_a_tiff_file_calls_it(tmp_path, bits, white_is_z
     number = (2**bits - 1) * (white != white_is_zero)
     (tmp_path / "a.tif").write_bytes(tiff(bits, white_is_zero, number.to_bytes(bits // 8, "little") * 64))
     assert decode_image(tmp_path / "a.tif", 1, 8).tolist() == [[[255 * white] * 8] * 8]
+
+
+def test_a_tiff_file_with_signs_is_refused_rather_than_wrapped(tmp_path):
+    content = tiff(8, False, bytes([136]) * 64)
+    signed = content.replace(struct.pack("<HHII", 277, 3, 1, 1), struct.pack("<HHII", 339, 3, 1, 2))
+    (tmp_path / "a.tif").write_bytes(signed)
+    with pytest.raises(UserError, match="a.tif: has pixels of mode L with signs; expected 8 or 16 bits"):
+        decode_image(tmp_path / "a.tif", 1, 8)
+
+
+def test_links_that_lead_elsewhere_are_seen(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_bytes(b"same")
+        os.utime(tmp_path / name, (0, 0))
+    (tmp_path / "images").mkdir()
+    seen = set()
+    for name in "ab":
+        (tmp_path / "images" / "x.png").unlink(missing_ok=True)
+        (tmp_path / "images" / "x.png").symlink_to(tmp_path / name)
+        seen.add(state_of(tmp_path / "images"))
+    assert len(seen) == 2
 
 
 def test_a_tiff_file_of_12_bits_is_refused_rather_than_dark(tmp_path):

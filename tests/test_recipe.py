@@ -68,6 +68,9 @@ def test_what_is_given_beside_a_recipe_counts(place, capsys):
 
 def test_a_name_tells_the_recipe(place, capsys):
     assert run(evaluate, *SHORT, "--recipe", "steady") == 0
+    name = "same_dataset_digits_partition1_CMG-energy_seed1_space-features_epochs-3_anchor-0.0_recipe-steady.json"
+    assert run(evaluate, *SHORT, "--recipe", "steady", "--anchor", 0) == 0  # the method's, but not the recipe's
+    Path("results", name).unlink()
     assert [path.name for path in Path("results").iterdir()] == [
         "same_dataset_digits_partition1_CMG-energy_seed1_space-features_epochs-3_recipe-steady.json"
     ]
@@ -97,7 +100,11 @@ def test_a_generator_that_explains_little_leaves_the_head_alone(place, capsys, l
     [
         (["--recipe", "steady", "--space", "images"], "--recipe steady goes with --space features only"),
         (["--least-explained", "0.5"], "--least-explained goes with --space features only"),
-        (["--recipe", "steady", "--tune", "last-layer"], "--least-explained goes with --tune head only"),
+        (
+            ["--recipe", "steady", "--tune", "last-layer"],
+            "--recipe steady: --least-explained goes with --tune head only",
+        ),
+        (["--recipe", "steady", "--mixing", "none"], "--recipe steady: --pairs goes with --mixing bernoulli or mixup"),
         (["--recipe", "stead"], "argument --recipe: invalid choice: 'stead' (choose from"),
     ],
 )

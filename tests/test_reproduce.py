@@ -432,14 +432,27 @@ def test_a_step_is_done_again_when_the_user_s_images_change(tmp_path, change):
     assert not job.is_done and run_job(job.folder) == 0 and job.is_done
 
 
+def test_weights_and_code_of_a_backbone_are_of_matter(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    weights, code = tmp_path / "w.pt", tmp_path / "of_a_user.py"
+    step = Step("x", "train", ("--backbone", "of_a_user:f", "--backbone-weights", str(weights)), ())
+    assert step.reads == []
+    seen = []
+    for path in (weights, code, weights, code):
+        path.write_bytes(bytes(len(seen) + 1))
+        seen.append(step.reads)
+    assert len(set(map(tuple, seen))) == 4 and len(seen[-1]) == 2
+    assert Step("x", "train", ("--backbone", "resnet18"), ()).reads == []
+
+
 def test_ood_images_are_of_no_matter_to_training(tmp_path):
     for name in ("ind", "ood"):
         (tmp_path / name).mkdir()
     argv = ("--ind-dir", str(tmp_path / "ind"), "--ood-dir", str(tmp_path / "ood"))
     training, testing = (Step("x", module, argv, ()) for module in ("train", "eval"))
-    before = training.images, testing.images
+    before = training.reads, testing.reads
     (tmp_path / "ood" / "a.png").write_bytes(b"")
-    assert training.images == before[0] and testing.images != before[1]
+    assert training.reads == before[0] and testing.reads != before[1]
 
 
 def test_where_there_are_no_locks_jobs_run_all_the_same(tmp_path):
