@@ -80,7 +80,7 @@ def decoded(path: Path, size: int | None = None) -> Iterator:
                 tags = image.tag_v2
                 depth, inverted = tags.get(ExifTags.Base.BitsPerSample, (16,))[0], tags.get(PHOTOMETRIC) == 0
                 mode = f"{mode} and {depth} bits" if mode != "I" and depth != 16 or mode == "I" and inverted else mode
-            if image.format == "TIFF" and 2 in image.tag_v2.get(ExifTags.Base.SampleFormat, ()):
+            if image.format == "TIFF" and image.mode != "I" and 2 in image.tag_v2.get(ExifTags.Base.SampleFormat, ()):
                 mode = f"{mode} with signs"
             if mode not in KNOWN_MODES or low < 0 or high >> 16:
                 raise UserError(
