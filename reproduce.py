@@ -13,7 +13,7 @@ import argparse
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, replace
 from pathlib import Path
 
@@ -174,13 +174,7 @@ def main(args: argparse.Namespace) -> None:
     for job in left if args.launcher == "local" else ():
         print(f"{job.name} failed: {last_line(job.log)} (log: {job.log})")
     if done:
-        results, images = [], {}
-        for job in done:
-            partition, seed = job_of(job)
-            expected = {"task": task_name, "partition": partition, "seeds": tuning_seeds(seed, args.tuning_seeds)}
-            expected |= {"images": images[partition]} if partition in images else {}
-            results.append(tables.read_result(partition, seed, *outputs(job.folder), expected))
-            images[partition] = results[-1].content["images"]
+        results = read_results(done, task_name, args.tuning_seeds, tables.read_result)
         about = {
             "task": task_name,
             "command": shlex.join(["python", "-m", "reproduce", *args.argv]),
@@ -206,6 +200,19 @@ def main(args: argparse.Namespace) -> None:
         )
 
 
+def read_results(done: Sequence[Job], task_name: str, tuning: int, read_result: Callable) -> list:
+    """What the jobs made; those of a partition must be of the same numbers of images. Raises `UserError`."""
+    results, images = [], {}
+    for job in done:
+        partition, seed = job_of(job)
+        expected = {"task": task_name, "partition": partition, "seeds": tuning_seeds(seed, tuning)} | images.get(
+            partition, {}
+        )
+        results.append(read_result(partition, seed, *outputs(job.folder), expected))
+        images[partition] = {"images": results[-1].content["images"]}
+    return results
+
+
 def make_jobs(args: argparse.Namespace) -> tuple[str, list[Job]]:
     """The name of the task and its jobs, one for each partition and training seed. Raises `UserError`."""
     args = with_recipe(args, ("space", "mode"))
@@ -215,10 +222,9 @@ def make_jobs(args: argparse.Namespace) -> tuple[str, list[Job]]:
     modes = pick_all("--modes", args.mode, list(MODES), task_name)
     ood_names = eval.pick_ood(args, task_name, task.ood_datasets)
     in_features = task.space == "features"
-    called = f"{task_name}{'_features' * in_features}{f'_{args.recipe}' if args.recipe else ''}"
+    called = "_".join([task_name, *["features"] * in_features, *filter(None, [args.recipe])])
     root = args.output or Path("results") / short_name(called)
-    which = [*experiment.task_options]
-    which += [word for ood_dir in args.ood_dir for word in ("--ood-dir", str(ood_dir))]
+    which = [*experiment.task_options, *(word for path in args.ood_dir for word in ("--ood-dir", str(path)))]
     recipe = ("--recipe", args.recipe) if args.recipe else ()
     which += ["--precision", args.precision] if args.precision != "auto" else []
     machine = ["--data-dir", str(args.data_dir), *(["--device", args.device] if args.device else [])]

@@ -282,21 +282,24 @@ def numpy_values() -> list:
     return [*made, np.ndarray, np.dtype, *kinds]
 
 
+def oddity(value: torch.Tensor) -> str:
+    """What keeps a tensor that was read from being an ordinary one of numbers, or nothing."""
+    if value.is_meta:
+        return "is without values"
+    if value.layout != torch.strided or value.is_nested or value.is_quantized or value.is_complex():
+        return f"is {'nested' if value.is_nested else value.layout} of {value.dtype}".replace("torch.", "")
+    repeated = value.numel() * value.element_size() > value.untyped_storage().nbytes()
+    return "shows more values than it holds" if repeated else ""
+
+
 def check_values(path: Path, values: dict, remedy: str) -> None:
     """Raise `UserError` naming the first of the tensors or numbers read from `path` that is not finite throughout, is a
     variance below 0, or is no ordinary tensor: sparse, quantized, complex, without values or with few values repeated.
     """
     for name, value in values.items():
         if isinstance(value, torch.Tensor):
-            odd = value.layout != torch.strided or value.is_nested or value.is_quantized or value.is_complex()
-            if odd or value.is_meta:
-                layout = "nested" if value.is_nested else value.layout
-                kind = "without values" if value.is_meta else f"{layout} of {value.dtype}".replace("torch.", "")
-                raise UserError(
-                    f"{path}: the tensor {name} is {kind}; expected an ordinary one of real numbers. {remedy}"
-                )
-            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-                raise UserError(f"{path}: the tensor {name} shows more values than it holds. {remedy}")
+            if odd := oddity(value):
+                raise UserError(f"{path}: the tensor {name} {odd}; expected an ordinary one of real numbers. {remedy}")
             if not value.is_floating_point():
                 continue
             value = value if value.element_size() > 1 else value.float()  # torch compares no numbers of 8 bits

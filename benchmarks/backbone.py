@@ -17,14 +17,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import in_turn, peak_mib, print_json
+from benchmarks.measure import in_turn, print_share
 from cli.errors import run_command
 from cli.options import add_device_arguments, positive_int
 from datasets.datasetsHelper import to_float
 from datasets.tasks import BackboneChoice
 from models.inference import in_chunks
 from training.backbone import encoder, load_backbone
-from utils import environment, pick_precision, start_computing
+from utils import pick_precision, start_computing
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -62,21 +62,7 @@ def main(args: argparse.Namespace) -> None:
             in_chunks(backbone, resident, precision)
 
         times = in_turn({"features": run_features, "floor": run_floor}, rounds, device)
-    rate = {who: count / taken for who, taken in times.items()}
-    share = rate["features"] / rate["floor"]
-    print(f"{args.backbone} at {args.image_size} pixels on {device} in {precision}: {count:,} images, ", end="")
-    print(f"features {rate['features']:,.1f} images/s, floor {rate['floor']:,.1f}, share {share:.2f}")
-    print_json(
-        {
-            "images": count,
-            "images_per_second": round(rate["features"], 1),
-            "floor_images_per_second": round(rate["floor"], 1),
-            "floor_share": round(share, 3),
-            "peak_mib": peak_mib(device),
-            "precision": precision,
-        }
-        | environment(device)
-    )
+    print_share(f"{args.backbone} at {args.image_size} pixels", "features", count, times, device, precision)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from utils import keep_freed_memory
+from utils import environment, keep_freed_memory
 
 
 def synchronise(device: torch.device) -> None:
@@ -63,6 +63,19 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
     a = torch.randn(size, size, device=device).to(dtype)
     a @ a
     return 2 * size**3 / min(seconds(lambda: a @ a, device) for _ in range(5)) / 1e12
+
+
+def print_share(
+    about: str, who: str, count: int, times: dict[str, float], device: torch.device, precision: str
+) -> None:
+    """What `who` and the "floor" make of `count` images in the seconds of `times`, as a line and as JSON."""
+    rate = {name: count / taken for name, taken in times.items()}
+    share = rate[who] / rate["floor"]
+    print(f"{about} on {device} in {precision}: {count:,} images, ", end="")
+    print(f"{who} {rate[who]:,.1f} images/s, floor {rate['floor']:,.1f}, share {share:.2f}")
+    result = {"images": count, "images_per_second": round(rate[who], 1)}
+    result |= {"floor_images_per_second": round(rate["floor"], 1), "floor_share": round(share, 3)}
+    print_json(result | {"peak_mib": peak_mib(device), "precision": precision} | environment(device))
 
 
 def print_json(result: dict) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from benchmarks.measure import in_turn, peak_mib, print_json
+from benchmarks.measure import in_turn, print_share
 from cli.errors import run_command
 from cli.options import add_device_arguments, positive_int
 from cmg.config import FineTuneConfig
@@ -28,7 +28,7 @@ from datasets import tasks
 from datasets.datasetsHelper import to_float
 from models.inference import CHUNK, in_chunks
 from training.train_classifier import build_classifier
-from utils import environment, pick_precision, start_computing
+from utils import pick_precision, start_computing
 
 TASKS = ("same_dataset_mnist", "same_dataset_cifar10")
 
@@ -69,21 +69,7 @@ def main(args: argparse.Namespace) -> None:
             in_chunks(detector.model, resident, precision)
 
         times = in_turn({"predict": run_predict, "floor": run_floor}, rounds, device)
-    rate = {who: count / taken for who, taken in times.items()}
-    share = rate["predict"] / rate["floor"]
-    print(f"{args.task} on {device} in {precision}: {count:,} images, ", end="")
-    print(f"predict {rate['predict']:,.0f} images/s, floor {rate['floor']:,.0f}, share {share:.2f}")
-    print_json(
-        {
-            "images": count,
-            "images_per_second": round(rate["predict"], 1),
-            "floor_images_per_second": round(rate["floor"], 1),
-            "floor_share": round(share, 3),
-            "peak_mib": peak_mib(device),
-            "precision": precision,
-        }
-        | environment(device)
-    )
+    print_share(args.task, "predict", count, times, device, precision)
 
 
 def untrained_detector(task_name: str, device: torch.device, precision: str) -> CMGDetector:

@@ -59,8 +59,8 @@ def load_inputs(
     experiment, encode, backbone = prepare(experiment, data_dir)
     classifier, cvae, origins = load_networks(experiment, paths, device)
     made = {"the classifier": origins["train_classifier"], "the CVAE": origins["train_cvae"]}
-    for name, origin in made.items() if backbone else ():
-        ours = identity(backbone)
+    ours = identity(backbone) if backbone else {}
+    for name, origin in made.items():
         if any(origin.get(key, value) != value for key, value in ours.items()):
             raise UserError(
                 f"{name} was trained on the features of another backbone, or of other weights of it: give the "
@@ -142,11 +142,12 @@ class Stage2:
         compared: Sequence[Scored] = (),
     ) -> Results:
         """Fine-tune for every mode and seed, and score every OOD set; `compared` are other detectors."""
-        runs = self.fine_tune(bank, modes, seeds)
+        pseudo = self.heeding(bank).pseudo
+        runs = fine_tune(self.head, bank, pseudo, modes, seeds)
         scored = [*pretrained_scores(self.head, bank), *compared]
         for run in runs:
-            scored += run_scores(self.head, bank, run, self.pseudo, score_pseudo)
-        return Results(scored, runs, bank, self.heeding(bank).pseudo.config)
+            scored += run_scores(self.head, bank, run, pseudo, score_pseudo)
+        return Results(scored, runs, bank, pseudo.config)
 
 
 def run_stage2(

@@ -30,7 +30,7 @@ from datasets.tasks import (
     all_partitions,
 )
 
-MOST_PIXELS = 4096  # a side of an image: more than any backbone was made for, and no more than memory holds
+LARGEST_SIDE = 4096  # pixels: more than any backbone was made for, and no more than memory holds
 
 
 def custom_task(ind_dir: Path, ood_dirs: Sequence[Path] = (), image_size: int = 32, image_channels: int = 3) -> Task:
@@ -198,7 +198,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--image-size",
-        type=number(int, above=0, most=MOST_PIXELS),
+        type=number(int, above=0, most=LARGEST_SIDE),
         help="Side in pixels of the images of --task custom, "
         f"{' or '.join(map(str, FAMILIES))} (default: 32), or of those that the backbone sees (default: its own)",
     )

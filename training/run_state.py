@@ -17,7 +17,7 @@ from cli.files import fits, writing
 from training.checkpoints import is_plain
 from training.config import LoopConfig
 from training.processes import Processes
-from utils import check_values, load_checkpoint, save_checkpoint
+from utils import check_values, load_checkpoint, oddity, save_checkpoint
 
 
 def is_number(value: object) -> bool:
@@ -254,15 +254,11 @@ ALL_MOMENTS = set().union(*MOMENTS.values())
 def check_moments(state: object) -> None:
     """Raise `ValueError` where what is kept of a parameter, at any depth of `state`, are no real numbers: torch would
     turn them into some."""
-    for name, value in (
-        state.items() if isinstance(state, dict) else enumerate(state if isinstance(state, list) else ())
-    ):
-        if isinstance(value, Tensor):
-            odd = not value.is_floating_point() or value.is_meta or value.is_nested or value.layout != torch.strided
-            odd = odd or value.numel() * value.element_size() > value.untyped_storage().nbytes()
-        else:
-            odd = name in ALL_MOMENTS
-        if odd:
+    if isinstance(state, list):
+        state = dict(enumerate(state))
+    for name, value in state.items() if isinstance(state, dict) else ():
+        is_moment = isinstance(value, Tensor)
+        if name in ALL_MOMENTS and not is_moment or is_moment and (oddity(value) or not value.is_floating_point()):
             raise ValueError(f"{name} of a parameter holds what no step gives")
         check_moments(value)
 
@@ -280,5 +276,5 @@ def check_moments_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, 
             raise ValueError(f"{name} is {list(value.shape)}, its parameter {list(parameter.shape)}")
         if name == "step" and value != step:
             raise ValueError(f"the optimizer has made {value:g} steps, not {step}")
-        if not value.isfinite().all() or (name in ("step", "exp_avg_sq") and (value < 0).any()):
+        if not value.isfinite().all() or (name == "exp_avg_sq" and (value < 0).any()):
             raise ValueError(f"{name} of a parameter holds what no step gives")
