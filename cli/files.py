@@ -73,7 +73,7 @@ def kind_of(entry: os.DirEntry | Path) -> str:
     return next((kind for kind, is_one in kinds.items() if is_one(mode)), "device")
 
 
-def identity_of(path: Path) -> tuple[int, int]:
+def identity_of(path: Path | str) -> tuple[int, int]:
     """Device and inode: the same for a file or folder by any of its names. Raises `OSError`."""
     status = os.stat(path)
     return status.st_dev, status.st_ino

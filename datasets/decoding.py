@@ -100,7 +100,7 @@ def decoded(path: Path, size: int | None = None) -> Iterator:
         if isinstance(error, MemoryError):
             reason = "not enough memory for it"
         if isinstance(error, Image.UnidentifiedImageError):
-            reason = "not an image"
+            reason = "not an image to Pillow"
         raise UserError(f"{path}: cannot be decoded ({reason}). {remedy}") from None
 
 

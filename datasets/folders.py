@@ -131,7 +131,7 @@ def read_chunks(paths: Sequence[Path], channels: int, size: int, count: int, ahe
 
 def _threads_for(paths: Sequence[Path]) -> int:
     """How many threads decode files such as these the fastest."""
-    sizes = [path.stat().st_size for path in paths if path.is_file()]
+    sizes = [os.path.getsize(path) for path in paths if os.path.isfile(path)]
     return THREADS if sum(sizes) > SMALL * len(sizes) else 1
 
 

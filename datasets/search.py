@@ -13,7 +13,8 @@ from typing import NamedTuple
 from cli.errors import UserError
 from cli.files import identity_of, kind_of, unreadable
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
+IMAGE_SUFFIXES = set(".png .jpg .jpeg .jfif .gif .bmp .ppm .pgm .webp .avif .tif .tiff".split())
+IMAGE_SUFFIXES |= {".heic", ".heif"}  # what phones write and Pillow does not read: to be named, not passed over
 DECODING = 4  # counted up when images are decoded otherwise than before: what was made of them is made anew
 
 
@@ -41,7 +42,8 @@ def search(root: Path) -> Found:
     while folders or links:
         prefix = folders.pop() if folders else links.popleft()
         try:
-            if (identity := identity_of(root / prefix)) in entered:
+            identity = identity_of(os.path.join(root, prefix, "."))  # with the dot: a folder that may be entered
+            if identity in entered:
                 continue
             entered.add(identity)
             with os.scandir(root / prefix) as found:

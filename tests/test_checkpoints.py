@@ -41,7 +41,7 @@ def same_weights(one, other) -> bool:
 
 
 @pytest.mark.parametrize(
-    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."]
+    "prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.", "_orig_mod.module.", "module.module."]
 )
 def test_prefixes_are_taken_off_and_named(tmp_path, capsys, prefix):
     model, other = build_classifier(TASK), build_classifier(TASK)
@@ -49,6 +49,15 @@ def test_prefixes_are_taken_off_and_named(tmp_path, capsys, prefix):
     assert load(tmp_path / "c.pkl", other) == {} and same_weights(model, other)
     count = len(model.state_dict())
     assert capsys.readouterr().out == f"{tmp_path}/c.pkl: removed the prefix {prefix} from its {count} names\n"
+
+
+def test_an_averaged_model_is_read_without_its_counter(tmp_path, capsys):
+    model, other = build_classifier(TASK), build_classifier(TASK)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    save_checkpoint(tmp_path / "c.pkl", averaged.state_dict())
+    load(tmp_path / "c.pkl", other)
+    assert same_weights(model, other) and "removed the prefix module." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict"])

@@ -6,6 +6,7 @@ import os
 import random
 import socket
 import struct
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -210,6 +211,27 @@ def test_a_closed_folder_is_named(tmp_path, closed):
     assert str(refusal.value) == complaint
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="there are no such rights")
+def test_a_folder_that_can_be_listed_but_not_entered_is_named_as_one():
+    nobody = 65534 if os.geteuid() == 0 else os.geteuid()  # for root no folder is closed
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        for folder in ("d/a", "d/b"):
+            write_folder(root, folder, 2)
+        for path in (root, root / "d", root / "d/b"):
+            path.chmod(0o755)
+        (root / "d/a").chmod(0o644)
+        os.seteuid(nobody)
+        try:
+            found = search(root / "d")
+        finally:
+            if nobody == 65534:
+                os.seteuid(0)
+            (root / "d/a").chmod(0o755)
+    complaint = f"{root}/d/a: cannot be read (Permission denied). Make it readable or remove it"
+    assert found == (["b/image_00000.png", "b/image_00001.png"], {root / "d/a": complaint})
+
+
 def test_closed_classes_and_ood_folders_are_refused(tmp_path, closed):
     for place in ("train/a", "train/b", "test/a", "test/b"):
         write_folder(tmp_path / "birds", place, 2)
@@ -269,7 +291,7 @@ def test_damaged_images_are_all_named_up_to_ten(tmp_path):
         path.write_bytes(b"no image")
     with pytest.raises(UserError) as refusal:
         read_images(tmp_path / "d", 3, 32)
-    complaints = [f"{path}: cannot be decoded (not an image). Replace or remove it" for path in paths[:10]]
+    complaints = [f"{path}: cannot be decoded (not an image to Pillow). Replace or remove it" for path in paths[:10]]
     assert str(refusal.value) == "; ".join([*complaints, "and 2 more"])
 
 

@@ -24,6 +24,7 @@ from torch import nn
 import train
 from cli.errors import run_command
 from cli.files import replacing
+from cli.progress import Progress
 from datasets.datasetsHelper import Images
 from datasets.tasks import COMMANDS, TASKS, Experiment
 from tests import children
@@ -165,7 +166,9 @@ def test_the_same_seed_gives_the_same_network_and_another_seed_another(tiny):
     ("signum", "step"),
     [(signal.SIGTERM, 0), (signal.SIGINT, 5), (signal.SIGUSR1, STEPS - 1), (signal.SIGTERM, 2 * STEPS + 3)],
 )
-def test_a_run_stopped_by_a_signal_resumes_to_the_same_network(tiny, capsys, signum, step):
+def test_a_run_stopped_by_a_signal_resumes_to_the_same_network(tiny, capsys, monkeypatch, signum, step):
+    closed = []  # how much each run, those before it included, had done and how much there was
+    monkeypatch.setattr(Progress, "close", lambda progress: closed.append((progress.done, progress.total)))
     tiny("--log", "whole.jsonl", file="whole")
     assert tiny("--log", "parts.jsonl", file="parts", stop={step: signum}) == 128 + signum
     assert not Path("parts").exists() and Path("parts.resume").exists()
@@ -175,6 +178,7 @@ def test_a_run_stopped_by_a_signal_resumes_to_the_same_network(tiny, capsys, sig
     assert expected in capsys.readouterr().err
     assert tiny("--log", "parts.jsonl", file="parts") == 0
     assert "resuming at epoch" in capsys.readouterr().out
+    assert closed == [(4 * 722, 4 * 722)] * 2
     assert_same_network("parts", "whole")
     assert not Path("parts.resume").exists()
     lines = [

@@ -183,7 +183,8 @@ def test_damaged_image_is_named_and_nothing_is_left(tmp_path, source):
     for path in (source / "bridge").iterdir():
         path.write_bytes(b"no image")
     with pytest.raises(
-        UserError, match=r"(image_0000\d\.png: cannot be decoded \(not an image\)\. Replace or remove it(; .*)?){3}$"
+        UserError,
+        match=r"(image_0000\d\.png: cannot be decoded \(not an image to Pillow\)\. Replace or remove it(; .*)?){3}$",
     ):
         make(tmp_path, source)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]

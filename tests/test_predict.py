@@ -124,7 +124,8 @@ def test_what_cannot_be_decoded_is_a_complaint(tmp_path):
     paths[3].unlink()
     (chunk,) = read_chunks(paths, 1, 8, 10, ahead=0)
     reasons = [
-        f"{paths[0]}: cannot be decoded (", f"{paths[1]}: cannot be decoded (not an image). Replace or remove it",
+        f"{paths[0]}: cannot be decoded (",
+        f"{paths[1]}: cannot be decoded (not an image to Pillow). Replace or remove it",
         f"{paths[2]}: has pixels of mode F; expected 8 or 16 bits per channel. Convert or remove it",
         f"{paths[3]}: cannot be decoded (No such file or directory)",
     ]  # fmt: skip
@@ -198,7 +199,7 @@ def test_the_csv_holds_every_file_in_order(images, detector_file, tmp_path, caps
     rows = read_csv(out)
     assert list(rows[0]) == list(COLUMNS) == ["file", "class", "score", "verdict", "error"]
     failed = [row for row in rows if row["error"]]
-    error = f"{broken}: cannot be decoded (not an image). Replace or remove it"
+    error = f"{broken}: cannot be decoded (not an image to Pillow). Replace or remove it"
     assert failed == [{"file": str(broken), "class": "", "score": "", "verdict": "", "error": error}]
     assert rows.index(failed[0]) == NAMES.index("in/b.png") + 1
     detector = CMGDetector.load(detector_file, CPU)
@@ -251,7 +252,7 @@ def test_files_that_are_all_unreadable_are_all_named(tmp_path, detector_file, ca
         (tmp_path / name).write_bytes(b"no image")
     assert run("--detector", detector_file, tmp_path / "a.png", tmp_path / "b.png") == 1
     printed = capsys.readouterr()
-    assert printed.err.count("cannot be decoded (not an image)") == 2
+    assert printed.err.count("cannot be decoded (not an image to Pillow)") == 2
     assert [line.split()[1:] for line in printed.out.splitlines()[1:3]] == [["-", "-", "unreadable"]] * 2
     assert "2 images: 0 IND, 0 OOD, 2 unreadable; " in printed.out
 
@@ -313,7 +314,7 @@ def test_names_that_are_no_text_are_written_as_they_are_and_printed_escaped(imag
         (["nowhere"], "nowhere: no such file or folder; expected an image or a folder of images"),
         (["images", "nowhere"], "nowhere: no such file or folder"),
         (["images", "pipe"], "pipe: is a pipe; expected an image or a folder of images"),
-        (["empty"], "empty: no images there; expected a folder of images, in subfolders or not (.bmp .gif .jpeg"),
+        (["empty"], "empty: no images there; expected a folder of images, in subfolders or not (.avif .bmp .gif"),
         (["images", "--csv", "empty"], "cannot write empty: it is a folder; name a file"),
         (["images", "--detector", "nowhere.pt"], "nowhere.pt: no such file"),
         (["images", "--detector", "cut.pt"], "cut.pt: is not a checkpoint or is damaged"),

@@ -249,10 +249,11 @@ def test_batch_sizes_may_differ(tmp_path):
 
 
 def test_order_is_that_of_the_names(tmp_path):
-    for name in ("b/2.png", "a.png", "b/10.PNG", "c.jpeg", ".hidden.png", ".git/x.png", "note.txt", "B.bmp"):
+    images = ["B.bmp", "a.png", "b/10.PNG", "b/2.png", "c.jpeg", "p.HEIC", "q.jfif"]
+    for name in (*reversed(images), ".hidden.png", ".git/x.png", "note.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    assert list_images(tmp_path) == ["B.bmp", "a.png", "b/10.PNG", "b/2.png", "c.jpeg"]
+    assert list_images(tmp_path) == images
 
 
 def test_folder_errors_name_the_file(tmp_path):
@@ -267,11 +268,12 @@ def test_folder_errors_name_the_file(tmp_path):
         read_images(tmp_path / "a", 3, 32)
     paths[3].write_bytes(b"no image")
     with pytest.raises(
-        UserError, match=r"image_00002\.png: .*; [^;]*image_00003\.png: cannot be decoded \(not an image\)[^;]*$"
+        UserError,
+        match=r"image_00002\.png: .*; [^;]*image_00003\.png: cannot be decoded \(not an image to Pillow\)[^;]*$",
     ):
         read_images(tmp_path / "a", 3, 32)
     paths[2].write_bytes(content)
-    with pytest.raises(UserError, match=r"image_00003\.png: cannot be decoded \(not an image\)"):
+    with pytest.raises(UserError, match=r"image_00003\.png: cannot be decoded \(not an image to Pillow\)"):
         read_images(tmp_path / "a", 3, 32)
     Image.new("RGB", (32, 31)).save(paths[3])
     with pytest.raises(UserError, match=r"image_00003\.png: is 32x31 pixels; expected 32x32\. Replace or remove it"):

@@ -16,7 +16,8 @@ from cli.files import fits
 from utils import check_values, load_checkpoint, save_checkpoint
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # where others put a state dict beside what else they save
-PREFIXES = ("module.", "_orig_mod.")  # of nn.DataParallel and torch.compile
+PREFIXES = ("module.", "_orig_mod.", "model.")  # of nn.DataParallel, torch.compile and modules around the network
+AVERAGED = "n_averaged"  # what an AveragedModel of torch.optim.swa_utils has beside its weights
 OURS = {  # a key of other files of ours -> what it is that has it
     "detector": "a detector that eval saved",
     "identity": "the state of a training that has not come to its end",
@@ -89,8 +90,10 @@ def holds_tensors(content: dict) -> bool:
 
 
 def without_prefixes(path: Path, state: dict) -> dict:
-    """A state dict without the prefixes that all its names have in common."""
+    """A state dict without the prefixes that all its names have in common, and without `AVERAGED`."""
     removed = ""
+    if AVERAGED in state:
+        state = {name: value for name, value in state.items() if name != AVERAGED}
     while prefix := next((p for p in PREFIXES if state and all(str(name).startswith(p) for name in state)), ""):
         removed += prefix
         state = {name.removeprefix(prefix): value for name, value in state.items()}

@@ -63,7 +63,7 @@ def fit(
     state.resume()
     network = processes.wrap(torch.compile(model) if compile_model else model)
     progress = Progress(config.epochs * len(data), recorder.name, enabled=processes.is_main)
-    progress.skip(min(state.step * config.batch_size, progress.total))
+    progress.skip(state.epoch * len(data) + state.step_in_epoch * config.batch_size)
     with noting_signals() as received, naming_compiler() if compile_model else nullcontext():
         while state.epoch < config.epochs:
             _run_epoch(network, optimizer, data, objective, config, processes, state, progress, received, schedule)
