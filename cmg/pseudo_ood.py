@@ -139,7 +139,9 @@ class PooledFeatures:
     def __init__(self, pseudo: PseudoOOD, seeds: Sequence[int]):
         self.pseudo, self.seeds, self.size = pseudo, seeds, pseudo.config.pseudo_pool
         codes = [pseudo.draw(self.size, generator(seed, "pool")) for seed in seeds]
-        self.pools = torch.stack([pseudo.encode(one) for one in codes])
+        progress = Progress(len(seeds) * self.size, "pool")
+        self.pools = torch.stack([pseudo.encode(one, progress) for one in codes])
+        progress.close()
 
     def for_margins(self, count: int) -> Tensor:
         """The pools themselves, whatever the count: [S, N, F]."""
