@@ -159,13 +159,13 @@ class HeadStack:
     Attributes:
         leaves: what is optimized, by name: [K, ...] for K copies. Weights are transposed there: the gradient of a
             batched product comes out that way, and to turn it round took longer than the product.
+        start: what the copies began as, in the same layout: [1, ...].
     """
 
     def __init__(self, head: nn.Module, copies: int, interpolation: float = 1.0):
         self.head, self.interpolation = head, interpolation
-        self.start = {name: p.detach() for name, p in head.named_parameters()}
-        repeated = {name: p.repeat(copies, *[1] * p.dim()) for name, p in self.start.items()}
-        self.leaves = {name: turned(p).contiguous().requires_grad_() for name, p in repeated.items()}
+        self.start = {name: turned(p.detach()[None]).contiguous() for name, p in head.named_parameters()}
+        self.leaves = {name: torch.cat([p] * copies).requires_grad_() for name, p in self.start.items()}
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -178,15 +178,15 @@ class HeadStack:
 
     def distance(self) -> Tensor:
         """Squared distance of each copy from the start: [K]."""
-        return sum(((p - self.start[name]) ** 2).flatten(1).sum(1) for name, p in self.parameters.items())
+        return sum((leaf - self.start[name]).square().flatten(1).sum(1) for name, leaf in self.leaves.items())
 
     def copy(self, k: int) -> dict[str, Tensor]:
         """The parameters of copy k, as they are now and in the layout of the head itself: scored here or from a
         file, they give the same bits."""
-        tuned = {name: turned(leaf.detach())[k] for name, leaf in self.leaves.items()}
+        tuned = {name: leaf.detach()[k : k + 1] for name, leaf in self.leaves.items()}
         if self.interpolation < 1:
             tuned = {name: torch.lerp(self.start[name], p, self.interpolation) for name, p in tuned.items()}
-        return {name: p.clone(memory_format=torch.contiguous_format) for name, p in tuned.items()}
+        return {name: turned(p)[0].clone(memory_format=torch.contiguous_format) for name, p in tuned.items()}
 
 
 def turned(parameter: Tensor) -> Tensor:
