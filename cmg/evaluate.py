@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -50,8 +51,9 @@ def evaluate(
             features = Images(results.bank.test, test.labels)
         else:  # the bank holds what lies behind the extractor
             features = encoder_of(inputs.classifier)(test, config.precision, device)
-        about["generator"] = evaluate_feature_cvae(inputs.cvae, features, config.num_ind, config.precision)
-        remarks += filter(None, [little_explained(about["generator"])])
+        metrics = evaluate_feature_cvae(inputs.cvae, features, config.num_ind, config.precision)
+        about["generator"] = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        remarks += filter(None, [little_explained(metrics)])
     if results.config != config:
         remarks.append(
             f"The head stays as it was: the generator explains less than {100 * config.least_explained:.0f} % of the "

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
-import importlib.util
 import json
 import os
 import signal
@@ -20,6 +20,7 @@ import threading
 import time
 import traceback
 import zipfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,10 +29,11 @@ from PIL import Image
 from cli.errors import Stopped, UserError, run_command
 from cli.files import fits, read_json, write_json
 from datasets.search import state_of
+from datasets.tasks import BackboneChoice
 from reproduction.results import read_ablations, read_reported
 from training.config import resume_path
 
-ARCHIVES = (".pkl", ".resume", ".npz")  # files that torch and numpy write, all of them zip archives
+ARCHIVES = {".pkl": "/data.pkl", ".resume": "/data.pkl", ".npz": ".npy"}  # zip archives, and what is in them by its end
 RESULT_READERS = {
     "eval": read_reported,
     "reproduction.ablations": read_ablations,
@@ -68,10 +70,10 @@ class Step:
     def reads(self) -> list[str]:
         """The state of what it reads of the user's own: images by folder, of which train needs no OOD images, and the
         weights or code of a backbone."""
-        flags = ("--ind-dir", "--backbone", "--backbone-weights", *(("--ood-dir",) if self.module != "train" else ()))
-        given = [(word, self.argv[i + 1]) for i, word in enumerate(self.argv) if word in flags]
+        flags = ("--ind-dir", "--backbone-weights", *(("--ood-dir",) if self.module != "train" else ()))
+        given = [self.argv[i + 1] for i, word in enumerate(self.argv) if word in flags]
         try:
-            return [state for flag, value in given if (state := state_of_input(flag, value))]
+            return [state for state in (*map(state_of_input, given), state_of_backbone(self.argv)) if state]
         except UserError:  # an image went meanwhile
             return ["changing"]
 
@@ -80,7 +82,7 @@ class Step:
         if not path.is_file():  # nor a pipe, which would be waited for
             return False
         if path.suffix in ARCHIVES:
-            return zipfile.is_zipfile(path)
+            return holds(path, ARCHIVES[path.suffix])
         if path.suffix == ".png":
             return is_whole_picture(path)
         try:
@@ -93,7 +95,7 @@ class Step:
         """Remove what an earlier attempt left and nobody can read: it is made anew."""
         states = [resume_path(path) for path in self.outputs]
         for path in (*self.outputs, *states):
-            if path.is_file() and not self.is_intact(path):
+            if path.is_file() and not (self.is_intact(path) and is_undamaged(path)):
                 print(f"{path} cannot be read: it is made again")
                 path.unlink()
             elif path.is_file() and self.starts_from and path.stat().st_mtime < self.starts_from.stat().st_mtime:
@@ -151,18 +153,49 @@ class Job:
         return len(self.records()) == len(self.steps)
 
 
-def state_of_input(flag: str, value: str) -> str:
-    """What changes when the folder or file, or the code, that an option names does; empty where there is none."""
+def state_of_input(value: str) -> str:
+    """What changes when the folder or file that an option names does; empty where there is none."""
     path = Path(value)
-    if flag == "--backbone":
-        try:
-            found = importlib.util.find_spec(value.partition(":")[0]) if ":" in value else None
-        except (ImportError, ValueError):
-            found = None
-        path = Path(found.origin) if found and found.has_location else Path(os.devnull)
     if path.is_dir():
         return state_of(path)
     return state_of(path.parent, [path.name]) if path.is_file() else ""
+
+
+@functools.cache  # in this process the user's code stays as it was imported
+def state_of_backbone(argv: tuple[str, ...]) -> str:
+    """What changes when a backbone of the user's own code does, wherever its code and weights are; empty for others.
+
+    Raises `UserError`: there is none any more.
+    """
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--backbone", default="")
+    parser.add_argument("--image-size", type=int)
+    args, _ = parser.parse_known_args(argv)
+    if ":" not in args.backbone:
+        return ""
+    from training.backbone import identity, load_backbone
+
+    return json.dumps(identity(load_backbone(BackboneChoice(args.backbone, None, args.image_size))))
+
+
+def holds(path: Path, end: str) -> bool:
+    """Whether a file is a zip archive with a member whose name ends in `end`."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith(end) for name in archive.namelist())
+    except Exception:  # zipfile lets through whatever a damaged directory makes it stumble over
+        return False
+
+
+def is_undamaged(path: Path) -> bool:
+    """Whether all members of an archive have their checksums: not a quick look. Of other files nothing is asked."""
+    if path.suffix not in ARCHIVES:
+        return True
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:  # as above
+        return False
 
 
 def is_whole_picture(path: Path) -> bool:
@@ -210,20 +243,29 @@ def run_job(folder: Path) -> int:
             print(f"$ python -m {' '.join([step.module, *step.argv, *job.machine])}")
             start, reads = time.monotonic(), step.reads
             step.forget_broken()
-            try:
-                command = importlib.import_module(step.module)
-                status = run_command(command.main, command.get_parser(), [*step.argv, *job.machine])
-            except Exception:  # unforeseen: it belongs in the log, too
-                traceback.print_exc()
-                return 1
-            except SystemExit as refusal:  # of an option
-                status = refusal.code
+            status = run_step(step, job.machine)
+            before = job.recorded().get(step.name)
+            if status == 2 and step.module == "train" and before and before.get("reads", []) != reads:
+                print("what it was trained on has changed: it is trained again")
+                status = run_step(step, (*job.machine, "--restart"))
             if status:
                 return status
             record = {"argv": list(step.argv), "seconds": round(time.monotonic() - start, 1)}
             record |= {"reads": reads} if reads else {}
             write_json(job.folder / "done.json", records | {step.name: record})
     return 0
+
+
+def run_step(step: Step, more: Sequence[str]) -> int:
+    """The exit status of a step's command, with `more` options."""
+    try:
+        command = importlib.import_module(step.module)
+        return run_command(command.main, command.get_parser(), [*step.argv, *more])
+    except Exception:  # unforeseen: it belongs in the log, too
+        traceback.print_exc()
+        return 1
+    except SystemExit as refusal:  # of an option
+        return refusal.code
 
 
 def last_line(path: Path) -> str:

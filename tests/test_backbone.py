@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import re
+import shutil
 import sys
 import urllib.error
 from pathlib import Path
@@ -34,6 +36,7 @@ from models.inference import chunk_size
 from models.layers import Standardise
 from reproduction import launchers
 from reproduction.best import best_detector
+from reproduction.jobs import state_of_backbone
 from tests import tiny_backbone
 from tests.commands import error_of, run
 from tests.test_reproduce import run_here
@@ -230,7 +233,9 @@ def test_another_function_of_the_same_weights_is_another_backbone(tmp_path):
         backbones.identity(Backbone(Calls(function), 8))
         for function in (lambda x: x.mean((2, 3)), lambda x: x.sum((2, 3)) / 64, lambda x: x.amax((2, 3)))
     )
-    assert means == also != maxima and means["backbone"] == maxima["backbone"]
+    sums = backbones.identity(Backbone(Calls(lambda x: x.sum((2, 3))), 8))
+    assert means == also and means["backbone"] == maxima["backbone"] == sums["backbone"]
+    assert len({str(one["backbone_answers"]) for one in (means, maxima, sums)}) == 3
 
 
 def test_weights_of_another_network_are_refused_with_their_keys(tmp_path):
@@ -367,6 +372,29 @@ def test_reproduce_does_it_all(photos, tmp_path, monkeypatch):
     detector = CMGDetector.load(Path("results/custom_birds_tests-tiny_backbone-tiny_features/detector.pt"), CPU)
     modes = {name: mode.score for name, mode in MODES.items()}
     assert detector.config().score == modes.get(best["method"], best["method"]) and detector.backbone is not None
+
+
+def test_reproduce_finds_code_in_the_current_folder_and_begins_anew_when_it_changes(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])  # a copy, and without the current folder
+    monkeypatch.setattr(launchers, "run_local", run_here)
+    argv = [*options(photos, "of_here:make"), "--seeds", 1, "--modes", "CMG-energy", "--output", "r"]
+    argv += ["--image-size", 16, "--classifier-args=--epochs 2", "--cvae-args=--epochs 2", "--eval-args=--epochs 1"]
+    seen = []
+    for seed in (1, 2, 2):
+        code = "def make():\n    torch.manual_seed({})\n    return nn.Sequential(nn.Conv2d(3, 4, 16), nn.Flatten())\n"
+        Path("of_here.py").write_text("import torch\nfrom torch import nn\n" + code.format(seed))
+        sys.modules.pop("of_here", None)
+        importlib.invalidate_caches()
+        shutil.rmtree("__pycache__", ignore_errors=True)
+        state_of_backbone.cache_clear()
+        assert run(reproduce, *argv) == 0
+        seen.append([Path("r/all_seed1", name).stat().st_mtime_ns for name in ("classifier.pkl", "cvae.pkl")])
+        seen[-1].append(CMGDetector.load(Path("r/detector.pt"), CPU).threshold)
+    assert len({str(one) for one in seen[:2]}) == 2 and seen[0][0] < seen[1][0] and seen[0][1] < seen[1][1]
+    assert seen[1] == seen[2]
+    said = Path("r/all_seed1/log.txt").read_text()
+    assert said.count("what it was trained on has changed: it is trained again") >= 1
 
 
 def test_own_images_without_ood_images(photos, tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import cmg.evaluate
 import eval as evaluate
 import figure.samples
 import reproduce
@@ -154,6 +156,12 @@ def test_from_images_to_metrics(tmp_path, monkeypatch, capsys):
     assert f"The generator explains {100 * explained:.0f} % of the variance" in out and explained < 0.75
     assert results["config"]["sigma"] == 2.0 and results["command"].startswith("python -m eval --space features")
     assert results["checkpoints"]["train_cvae"]["origin"]["space"] == "features"
+
+    with monkeypatch.context() as patch:  # of features far from those it was trained on
+        patch.setattr(cmg.evaluate, "evaluate_feature_cvae", lambda *_: {"explained": -math.inf, "kl_nats": math.inf})
+        assert run(evaluate, *argv, "--output", "far.json") == 0
+    assert json.loads(Path("far.json").read_text())["generator"] == {"explained": None, "kl_nats": None}
+    assert "The generator explains -inf % of the variance" in capsys.readouterr().out
 
     assert "--tune joint trains the whole classifier" in error_of(capsys, evaluate, *argv, "--tune", "joint")
     assert "there are no images to draw" in error_of(capsys, figure.samples, "--space", "features")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import csv
+import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,12 +28,13 @@ from cli.errors import UserError, run_command
 from cli.files import write_json
 from evaluation import plots
 from evaluation.report import markdown
-from reproduction import launchers, report
+from reproduction import jobs, launchers, report
 from reproduction.jobs import Job, Step, last_line, read_job, run_job
 from reproduction.launchers import ClusterJob, ended, is_queued, local_slots, run_local, submit
 from reproduction.tables import detection_cells, notes, read_result
 from tests import children
-from utils import save_checkpoint
+from tests.tiny_data import write_folder
+from utils import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parents[1]
 FEW = "--val-fraction 0.9"  # so that only a tenth of the digits is trained on
@@ -434,14 +437,25 @@ def test_a_step_is_done_again_when_the_user_s_images_change(tmp_path, change):
 
 def test_weights_and_code_of_a_backbone_are_of_matter(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    weights, code = tmp_path / "w.pt", tmp_path / "of_a_user.py"
-    step = Step("x", "train", ("--backbone", "of_a_user:f", "--backbone-weights", str(weights)), ())
-    assert step.reads == []
+    weights, package = tmp_path / "w.pt", tmp_path / "of_a_user"
+    package.mkdir()
+    (package / "__init__.py").write_text("from of_a_user.inner import make")
+    step = Step("x", "train", ("--backbone", "of_a_user:make", "--backbone-weights", str(weights)), ())
+    code = "from torch import nn\ndef make():\n    return nn.Sequential(nn.AvgPool2d(112), nn.Flatten(){})"
     seen = []
-    for path in (weights, code, weights, code):
-        path.write_bytes(bytes(len(seen) + 1))
+    for more, content in (("", b"a"), (", nn.ReLU()", b"a"), (", nn.Softmax(1)", b"a"), ("", b"b"), ("", b"b")):
+        (package / "inner.py").write_text(code.format(more))
+        if not weights.exists() or weights.read_bytes() != content:
+            weights.write_bytes(content)
+        for name in ("of_a_user", "of_a_user.inner"):
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        shutil.rmtree(package / "__pycache__", ignore_errors=True)
+        jobs.state_of_backbone.cache_clear()
         seen.append(step.reads)
-    assert len(set(map(tuple, seen))) == 4 and len(seen[-1]) == 2
+    assert all(len(reads) == 2 for reads in seen)
+    assert seen[0] == seen[1] != seen[2]  # to images in [0, 1] a ReLU does nothing
+    assert seen[3] == seen[4] != seen[0] and seen[3][1] == seen[0][1]
     assert Step("x", "train", ("--backbone", "resnet18"), ()).reads == []
 
 
@@ -577,6 +591,51 @@ def test_what_nobody_can_read_is_made_again(tmp_path, capsys, name, module, cont
     assert not step.is_intact(path)
     step.forget_broken()
     assert not path.exists() and capsys.readouterr().out == f"{path} cannot be read: it is made again\n"
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[content.index(b"weights of") + 3] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("harm", ["a byte", "another kind of file"])
+def test_an_archive_that_is_damaged_within_is_made_again(tmp_path, capsys, harm):
+    path = tmp_path / "classifier.pkl"
+    step = Step("train_classifier", "train", (), (path,))
+    save_checkpoint(path, {"a": torch.frombuffer(bytearray(b"weights of"), dtype=torch.uint8)})
+    step.forget_broken()
+    assert step.is_intact(path)
+    if harm == "a byte":
+        damage(path)
+        assert step.is_intact(path)  # as far as a quick look tells
+    else:
+        with open(path, "wb") as file:
+            np.savez(file, a=np.zeros(3))
+        assert not step.is_intact(path)
+    step.forget_broken()
+    assert not path.exists() and capsys.readouterr().out == f"{path} cannot be read: it is made again\n"
+
+
+def test_a_network_is_trained_again_when_its_images_change(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in ("train/a", "train/b", "test/a", "test/b"):
+        write_folder(tmp_path / "birds", place, 4)
+    network = tmp_path / "job" / "classifier.pkl"
+    argv = ("--task", "custom", "--ind-dir", "birds", "--networks", "narrow", "--device", "cpu", "--epochs", "1")
+    step = Step("train_classifier", "train", (*argv, "--params-dict-name", str(network)), (network,))
+    job = Job(tmp_path / "job", (step,))
+    job.write()
+    assert run_job(job.folder) == 0 and job.is_done
+    before = load_checkpoint(network).origin
+    image = sorted((tmp_path / "birds/train/a").iterdir())[0]
+    image.touch()  # which changes nothing
+    assert not job.is_done and run_job(job.folder) == 0 and job.is_done
+    assert "is already complete" in job.log.read_text() and load_checkpoint(network).origin == before
+    image.unlink()
+    assert not job.is_done and run_job(job.folder) == 0 and job.is_done
+    assert "what it was trained on has changed: it is trained again" in job.log.read_text()
+    assert load_checkpoint(network).origin["data"] != before["data"]
 
 
 def test_a_picture_is_whole_or_made_again(tmp_path):

@@ -6,6 +6,8 @@ import difflib
 import hashlib
 import importlib
 import logging
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -106,6 +108,8 @@ def from_function(choice: BackboneChoice, pretrained: bool) -> Backbone:
     module, _, function = choice.name.partition(":")
     if not all(part.isidentifier() for part in (*module.split("."), function)):
         raise UserError(f"--backbone {choice.name}: expected MODULE:FUNCTION, or the name of a model")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append("")  # the current folder, after all else: nothing in it takes another module's place
     try:
         network = getattr(importlib.import_module(module), function)()
     except ImportError as error:
@@ -238,10 +242,12 @@ def answers(backbone: Backbone) -> list[float]:
 
 
 def seen_from(features: Tensor) -> list[float]:
-    """Features from a few directions, in so few digits that another processor finds the same."""
+    """Features from a few directions, and the logarithm of their length, in so few digits that another processor finds
+    the same."""
     features = features.double().flatten()
+    length = features.norm().clamp_min(1e-30)
     directions = torch.randn(6, len(features), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    return [round(float(value), 2) for value in directions @ features / features.norm().clamp_min(1e-30)]
+    return [round(float(value), 2) for value in (*(directions @ features / length), length.log())]
 
 
 def identity(backbone: Backbone) -> dict[str, object]:
