@@ -73,9 +73,10 @@ class Step:
         flags = ("--ind-dir", "--backbone-weights", *(("--ood-dir",) if self.module != "train" else ()))
         given = [self.argv[i + 1] for i, word in enumerate(self.argv) if word in flags]
         try:
-            return [state for state in (*map(state_of_input, given), state_of_backbone(self.argv)) if state]
+            states = [*map(state_of_input, given), state_of_backbone(own_backbone(self.argv))]
         except UserError:  # an image went meanwhile
             return ["changing"]
+        return [state for state in states if state]
 
     def is_intact(self, path: Path) -> bool:
         """Whether an output can be read as what it is, as far as a quick look tells."""
@@ -161,21 +162,24 @@ def state_of_input(value: str) -> str:
     return state_of(path.parent, [path.name]) if path.is_file() else ""
 
 
-@functools.cache  # in this process the user's code stays as it was imported
-def state_of_backbone(argv: tuple[str, ...]) -> str:
-    """What changes when a backbone of the user's own code does, wherever its code and weights are; empty for others.
-
-    Raises `UserError`: there is none any more.
-    """
+def own_backbone(argv: Sequence[str]) -> BackboneChoice | None:
+    """The backbone of the user's own code that options name, if they do."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--backbone", default="")
     parser.add_argument("--image-size", type=int)
     args, _ = parser.parse_known_args(argv)
-    if ":" not in args.backbone:
+    return BackboneChoice(args.backbone, None, args.image_size) if ":" in args.backbone else None
+
+
+@functools.cache  # in this process the user's code stays as it was imported
+def state_of_backbone(choice: BackboneChoice | None) -> str:
+    """What changes when a backbone does, wherever its code and weights are; empty where there is none. Raises
+    `UserError`."""
+    if choice is None:
         return ""
     from training.backbone import identity, load_backbone
 
-    return json.dumps(identity(load_backbone(BackboneChoice(args.backbone, None, args.image_size))))
+    return json.dumps(identity(load_backbone(choice)))
 
 
 def holds(path: Path, end: str) -> bool:
