@@ -16,6 +16,7 @@ from pathlib import Path
 from cli.errors import UserError, printable
 from cli.files import kind_of, unreadable
 from cli.options import number
+from datasets.search import is_hidden
 from datasets.tasks import (
     CUSTOM,
     FAMILIES,
@@ -87,7 +88,7 @@ def class_folders(folder: Path) -> tuple[str, ...]:
         UserError: it is not there, or what may be a class cannot be read, such as a link that leads nowhere.
     """
     try:
-        paths = sorted(path for path in Path(folder).iterdir() if not path.name.startswith("."))
+        paths = sorted(path for path in Path(folder).iterdir() if not is_hidden(path.name))
     except OSError as error:
         raise UserError(
             f"{folder}: {error.strerror or error}; expected a folder with one folder of images per class"

@@ -15,6 +15,7 @@ from cli.files import identity_of, kind_of, unreadable
 
 IMAGE_SUFFIXES = set(".png .jpg .jpeg .jfif .gif .bmp .ppm .pgm .webp .avif .tif .tiff".split())
 IMAGE_SUFFIXES |= {".heic", ".heif"}  # what phones write and Pillow does not read: to be named, not passed over
+OF_SYSTEMS = {"__MACOSX", "@eaDir"}  # folders in which archives of macOS and Synology's servers keep what is no image
 DECODING = 4  # counted up when images are decoded otherwise than before: what was made of them is made anew
 
 
@@ -31,7 +32,7 @@ class Found(NamedTuple):
 
 
 def search(root: Path) -> Found:
-    """The images below `root` at any depth; hidden files and folders are left out.
+    """The images below `root` at any depth; what `is_hidden` is left out.
 
     Links to images and folders are followed, but a folder is entered once, by its own path where it has one below
     `root`; folders that hold `root` are not entered at all. So no link to a folder makes an image count twice.
@@ -47,7 +48,7 @@ def search(root: Path) -> Found:
                 continue
             entered.add(identity)
             with os.scandir(root / prefix) as found:
-                entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda e: e.name)
+                entries = sorted((entry for entry in found if not is_hidden(entry.name)), key=lambda e: e.name)
         except OSError as error:
             complaints[root / prefix] = unreadable(root / prefix, error)
             continue
@@ -66,6 +67,11 @@ def search(root: Path) -> Found:
                 else:
                     complaints[root / name] = f"{root / name}: is not a plain file but a {kind}. Remove it"
     return Found(sorted(names), dict(sorted(complaints.items())))
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of that name is left out wherever folders of images are read."""
+    return name.startswith(".") or name in OF_SYSTEMS
 
 
 def list_images(root: Path) -> list[str]:

@@ -250,8 +250,8 @@ def test_batch_sizes_may_differ(tmp_path):
 
 def test_order_is_that_of_the_names(tmp_path):
     images = ["B.bmp", "a.png", "b/10.PNG", "b/2.png", "c.jpeg", "p.HEIC", "q.jfif"]
-    for name in (*reversed(images), ".hidden.png", ".git/x.png", "note.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in (*reversed(images), ".hidden.png", ".git/x.png", "b/@eaDir/2.png", "__MACOSX/a.png", "note.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     assert list_images(tmp_path) == images
 
