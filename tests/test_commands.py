@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections import OrderedDict
 from pathlib import Path
 from statistics import mean, stdev
@@ -694,13 +695,13 @@ def test_an_argument_that_cannot_be_is_named(workplace, capsys, command, argv, m
     assert not any(path.is_file() for path in workplace.rglob("*"))
 
 
-# --- what the README shows ----------------------------------------------------------------------
+# --- what the documents show ----------------------------------------------------------------------
 
-TEXT = "".join((ROOT / name).read_text() for name in ("docs/running.md", "README.md"))
-PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+TEXT = "".join((ROOT / name).read_text() for name in ("docs/running.md", "docs/architecture.md"))
+PYTHON = [textwrap.dedent(block) for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)]
 
 
-def test_the_readmes_detectors_agree(digits):
+def test_the_documented_detectors_agree(digits):
     """A saved detector and one that was fitted in Python."""
     options = ["--mode", "CMG-energy", "--epochs", 1, "--device", "cpu", "--precision", "fp32"]
     assert run(eval, *options, "--save-detector", "detector.pt") == 0
@@ -715,7 +716,7 @@ def test_the_readmes_detectors_agree(digits):
     assert names["is_ood"].float().mean() < 0.2
 
 
-def test_the_readmes_mode_is_one():
+def test_the_documented_mode_is_one():
     (entry,) = [block for block in PYTHON if "Mode(" in block]
     (mode,) = builtins.eval(f"{{{entry}}}", vars(losses)).values()
     assert isinstance(mode, losses.Mode)
