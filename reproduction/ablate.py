@@ -49,11 +49,18 @@ def ablate(request: Request, variants: Mapping[str, Mapping[str, object]], outpu
 
 
 def table(results: dict) -> str:
-    """In Markdown: a row for each variant and mode, then for each score of the pretrained classifier; first OOD set.
-    And a remark where that is of pseudo-OOD samples."""
-    ood = results["pretrained"][0]["ood_dataset"]
+    """In Markdown, for each OOD set: a row for each variant and mode, then for each score of the pretrained classifier.
+    And a remark where they are pseudo-OOD samples."""
+    sets = list(dict.fromkeys(row["ood_dataset"] for row in results["pretrained"]))
+    headings = [f"{ood}:\n\n" if len(sets) > 1 else "" for ood in sets]
+    tables = [heading + table_of(results, ood) for heading, ood in zip(headings, sets, strict=True)]
+    return "\n\n".join([*tables, NO_OOD] if sets == [PSEUDO] else tables)
+
+
+def table_of(results: dict, ood: str) -> str:
+    """The part of the table for one OOD set."""
     rows = [
-        [f"`{variant}`" if variant else THE_METHOD, mode, *cells(result, mode), format(result["seconds"], ".0f")]
+        [f"`{variant}`" if variant else THE_METHOD, mode, *cells(result, mode, ood), format(result["seconds"], ".0f")]
         for variant, result in results["variants"].items()
         for mode in dict.fromkeys(run["mode"] for run in result["runs"])
     ]
@@ -62,12 +69,11 @@ def table(results: dict) -> str:
         for row in results["pretrained"]
         if row["ood_dataset"] == ood
     ]
-    return markdown(HEADER, rows) + (f"\n\n{NO_OOD}" if ood == PSEUDO else "")
+    return markdown(HEADER, rows)
 
 
-def cells(result: dict, mode: str) -> list[str]:
+def cells(result: dict, mode: str, ood: str) -> list[str]:
     """A mode's cells in the table: AUROC at four places, IND accuracy after the last step."""
-    ood = result["detection"][0]["ood_dataset"]
     last = [
         row["auroc"]
         for row in result["detection"]

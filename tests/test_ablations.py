@@ -50,6 +50,15 @@ def test_ablations_are_runs_of_eval_with_those_options(place, monkeypatch, capsy
     assert [line.split(" | ")[0] for line in lines[::2]] == [
         "| the method", *(f"| `{variant}`" for variant in variants[1:]), "| pretrained classifier"
     ]  # fmt: skip
+    double = json.loads(json.dumps(found))  # as if there were another OOD set, on which all is 50
+    for rows in (double["pretrained"], *(one["detection"] for one in double["variants"].values())):
+        rows += [row | {"ood_dataset": "another", "auroc": 0.5} for row in rows]
+    for run in (run for one in double["variants"].values() for run in one["runs"]):
+        for check in run["curve"]:
+            check["auroc"]["another"] = 0.5
+    first, second = table(double).split("\n\nanother:\n\n")
+    assert first == f"held-out-classes:\n\n{table(found)}"
+    assert "| the method | CMG-energy | 50.00 ± 0.00 | 50.00 ± 0.00 (0) |" in second
     msp = next(row["auroc"] for row in found["pretrained"] if row["method"] == "MSP")
     assert f"| pretrained classifier | MSP | {100 * msp:.2f} | - | - | - | - | - |" in lines
     for variant in variants:
@@ -60,7 +69,7 @@ def test_ablations_are_runs_of_eval_with_those_options(place, monkeypatch, capsy
         assert found["variants"][variant]["detection"] == tuned
         assert found["variants"][variant]["config"] == alone["config"]
         for mode in MODES:
-            start, best, validated, last, _ = cells(found["variants"][variant], mode)
+            start, best, validated, last, _ = cells(found["variants"][variant], mode, "held-out-classes")
             values = [row["auroc"] for row in tuned if (row["method"], row["at"]) == (mode, "last")]
             assert last == mean_and_sd(values) and f"| {last} |" in printed
             curves = [run["curve"] for run in alone["runs"] if run["mode"] == mode]
