@@ -14,7 +14,7 @@ from cli.errors import UserError
 from cli.files import identity_of, kind_of, unreadable
 
 IMAGE_SUFFIXES = set(".png .jpg .jpeg .jfif .gif .bmp .ppm .pgm .webp .avif .tif .tiff".split())
-IMAGE_SUFFIXES |= {".heic", ".heif"}  # what phones write and Pillow does not read: to be named, not passed over
+UNREADABLE = {".heic", ".heif"}  # what phones write and Pillow does not read: found, to be named when it is decoded
 OF_SYSTEMS = {"__MACOSX", "@eaDir"}  # folders in which archives of macOS and Synology's servers keep what is no image
 DECODING = 4  # counted up when images are decoded otherwise than before: what was made of them is made anew
 
@@ -61,7 +61,7 @@ def search(root: Path) -> Found:
                 continue
             if kind == "folder":
                 (links if entry.is_symlink() else folders).append(name)
-            elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+            elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES | UNREADABLE:
                 if kind == "file":
                     names.append(name)
                 else:

@@ -74,16 +74,17 @@ class Step:
         given = [self.argv[i + 1] for i, word in enumerate(self.argv) if word in flags]
         try:
             states = [*map(state_of_input, given), state_of_backbone(own_backbone(self.argv))]
-        except UserError:  # an image went meanwhile
+        except UserError:  # an image went meanwhile, or the backbone cannot be made
             return ["changing"]
         return [state for state in states if state]
 
-    def is_intact(self, path: Path) -> bool:
-        """Whether an output can be read as what it is, as far as a quick look tells."""
+    def is_intact(self, path: Path, thorough: bool = False) -> bool:
+        """Whether an output can be read as what it is, as far as a quick look tells; or a `thorough` one, which reads
+        all of it."""
         if not path.is_file():  # nor a pipe, which would be waited for
             return False
         if path.suffix in ARCHIVES:
-            return holds(path, ARCHIVES[path.suffix])
+            return is_whole_archive(path, ARCHIVES[path.suffix], thorough)
         if path.suffix == ".png":
             return is_whole_picture(path)
         try:
@@ -96,7 +97,7 @@ class Step:
         """Remove what an earlier attempt left and nobody can read: it is made anew."""
         states = [resume_path(path) for path in self.outputs]
         for path in (*self.outputs, *states):
-            if path.is_file() and not (self.is_intact(path) and is_undamaged(path)):
+            if path.is_file() and not self.is_intact(path, thorough=True):
                 print(f"{path} cannot be read: it is made again")
                 path.unlink()
             elif path.is_file() and self.starts_from and path.stat().st_mtime < self.starts_from.stat().st_mtime:
@@ -182,23 +183,13 @@ def state_of_backbone(choice: BackboneChoice | None) -> str:
     return json.dumps(identity(load_backbone(choice)))
 
 
-def holds(path: Path, end: str) -> bool:
-    """Whether a file is a zip archive with a member whose name ends in `end`."""
+def is_whole_archive(path: Path, end: str, thorough: bool) -> bool:
+    """Whether a file is a zip archive with a member whose name ends in `end`, and all members have their checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return any(name.endswith(end) for name in archive.namelist())
-    except Exception:  # zipfile lets through whatever a damaged directory makes it stumble over
-        return False
-
-
-def is_undamaged(path: Path) -> bool:
-    """Whether all members of an archive have their checksums: not a quick look. Of other files nothing is asked."""
-    if path.suffix not in ARCHIVES:
-        return True
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except Exception:  # as above
+            held = any(name.endswith(end) for name in archive.namelist())
+            return held and not (thorough and archive.testzip())
+    except Exception:  # zipfile lets through whatever a damaged archive makes it stumble over
         return False
 
 
