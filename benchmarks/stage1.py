@@ -191,12 +191,13 @@ def plain_loop(model, data, command: str, task, batch_size: int, device):
 
     def run():
         model.train()
-        for images, labels in loader:
-            loss = loss_of(images.to(device), labels.to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            loss.item()
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):  # as torch has it
+            for images, labels in loader:
+                loss = loss_of(images.to(device), labels.to(device))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                loss.item()
 
     return run
 

@@ -21,6 +21,7 @@ from cli.errors import UserError
 from cli.progress import Progress
 from cmg.config import FineTuneConfig
 from cmg.data import FeatureBank
+from cmg.graphed import Graphed
 from cmg.losses import MODES, Margins, find_margins
 from cmg.pseudo_ood import FreshFeatures, PooledFeatures, PseudoOOD
 from cmg.scores import SCORES
@@ -78,7 +79,18 @@ def fine_tune(
     runs = start_runs(modes, seeds, margins)
     evaluator = Evaluator(head, bank, pseudo, seeds)
     leaves = [leaf for stack in heads.values() for leaf in stack.leaves.values()]
-    optimizer = torch.optim.Adam(leaves, config.learning_rate, fused=True)
+    on_gpu = device.type == "cuda"
+    optimizer = torch.optim.Adam(leaves, config.learning_rate, fused=True, capturable=on_gpu)
+
+    def step_as_it_is(rows: Tensor, pseudo_features: Tensor) -> Tensor:
+        with autocast(device, config.precision):
+            loss = total_loss(heads, bank.train[rows], bank.train_labels[rows], pseudo_features, margins, config)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    take_step = Graphed(step_as_it_is) if on_gpu else step_as_it_is
     progress = Progress(config.epochs * count, "stage 2", enabled=show_progress)
     step = 0
     for epoch in range(config.epochs):
@@ -87,11 +99,7 @@ def fine_tune(
         for rows, pseudo_features in zip(batches, source.of_epoch(epoch, count), strict=True):
             if step % config.eval_every == 0:
                 evaluator.evaluate(step, heads, runs)
-            with autocast(device, config.precision):
-                loss = total_loss(heads, bank.train[rows], bank.train_labels[rows], pseudo_features, margins, config)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+            loss = take_step(rows, pseudo_features)
             step += 1
             progress.advance(
                 rows.shape[1], lambda: f"epoch {epoch + 1}/{config.epochs}  loss {loss.item() / len(runs):.4f}"

@@ -77,7 +77,7 @@ def test_detectors_saved_under_former_names_of_scores_load(tmp_path, former, sco
     images = torch.rand(5, 1, 8, 8)
     with torch.no_grad():
         expected = SCORES[score](model(images), 3)
-    torch.testing.assert_close(CMGDetector.load(tmp_path / "d.pt", CPU).predict(images), expected)
+    torch.testing.assert_close(CMGDetector.load(tmp_path / "d.pt", CPU, "fp32").predict(images), expected)
 
 
 def test_the_head_is_in_fp32_under_autocast():

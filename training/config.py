@@ -11,7 +11,6 @@ from pathlib import Path
 from cli.options import DEFAULT_SEED, number, option, positive_float, positive_int, seed_number
 
 LEARNING_RATE = 1e-3  # of Adam in stage 1
-IMAGES_PER_STATE = 5000  # at least, by default: writing the state would take longer than the epochs of a small data set
 
 
 def resume_path(path: Path) -> Path:
@@ -77,7 +76,7 @@ class RunOptions:
         None,
         help="Epochs between resumable states",
         type=positive_int,
-        default_of=f"1, or as many as {IMAGES_PER_STATE:,} images take",
+        default_of="1, or more where writing one takes longer than a twentieth of them",
     )
     restart: bool = option(False, help="Start over, ignoring what an earlier run left", action="store_true")
     compile: bool = option(False, help="Compile the network with torch.compile", action="store_true")

@@ -36,6 +36,9 @@ STATE = {
 }
 
 
+SAVING = 0.05  # the share of a run's time that its resumable states may take, where nothing else is asked for
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recorder:
     """Where a run leaves traces; nothing here changes its result.
@@ -43,7 +46,8 @@ class Recorder:
     Attributes:
         name: of the run, in progress lines.
         resume: file of the resumable state, or None to keep none.
-        save_every: epochs between two resumable states.
+        save_every: epochs between two resumable states, or None: after an epoch whenever all that writing has taken so
+            far is at most `SAVING` of the time.
         identity: what a run that is resumed must have in common with this one, beside its configuration.
         log: file of one JSON line per epoch, or None.
         watch: called with every such line.
@@ -51,7 +55,7 @@ class Recorder:
 
     name: str
     resume: Path | None = None
-    save_every: int = 1
+    save_every: int | None = None
     identity: dict | None = None
     log: Path | None = None
     watch: Callable[[dict], None] = lambda line: None
@@ -69,6 +73,7 @@ class RunState:
         self.history: list[dict] = []
         self.losses: list[Tensor] = []  # of this epoch's steps, on the device
         self.sums: dict[str, Tensor] = {}  # of this epoch, each mean times the images it is over
+        self.started, self.spent_saving = time.monotonic(), 0.0
 
     @property
     def epoch(self) -> int:
@@ -132,8 +137,15 @@ class RunState:
             if self.recorder.log:
                 with writing(self.recorder.log), open(self.recorder.log, "a") as log:
                     log.write(json_line(line))
-        if self.epoch % self.recorder.save_every == 0 or self.epoch == self.config.epochs:
+        if self.is_due() or self.epoch == self.config.epochs:
             self.save()
+
+    def is_due(self) -> bool:
+        """Whether this end of an epoch is one after which a state is to be kept; the same on every process."""
+        if self.recorder.save_every:
+            return self.epoch % self.recorder.save_every == 0
+        due = self.spent_saving <= SAVING * (time.monotonic() - self.started)
+        return self.processes.any(self.processes.is_main and due)
 
     def identity(self) -> dict:
         # More epochs only go on; everything else would make another result.
@@ -141,6 +153,7 @@ class RunState:
 
     def save(self) -> None:
         """Write the resumable state, whole or not at all; one with a loss or weights that are not finite never."""
+        began = time.monotonic()
         self.check_finite()
         check_weights(self.model, -(-self.step // self.steps_per_epoch), self.or_fp32())
         if self.losses:  # the same on every process, so that one file can restore all
@@ -160,6 +173,7 @@ class RunState:
                 },
             )
         self.processes.barrier()
+        self.spent_saving += time.monotonic() - began
 
     def resume(self) -> None:
         """Go on from the saved state, if there is one; write the log's lines up to there.
@@ -216,9 +230,10 @@ class RunState:
 
 def check_weights(model: nn.Module, epoch: int, or_fp32: str) -> None:
     """Raise `UserError` where training has left weights that are not finite, though the losses up to there were."""
-    for name, tensor in model.state_dict().items():
-        if not tensor.isfinite().all():
-            raise UserError(f"{name} is not finite any more in epoch {epoch}: lower --lr{or_fp32}; nothing is saved")
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()  # waits for the device once
+    for name in [name for name, is_finite in zip(tensors, finite, strict=True) if not is_finite][:1]:
+        raise UserError(f"{name} is not finite any more in epoch {epoch}: lower --lr{or_fp32}; nothing is saved")
 
 
 def json_line(line: dict) -> str:

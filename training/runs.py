@@ -21,7 +21,7 @@ from datasets.datasetsHelper import Images, load_ind, split_validation
 from datasets.obtain import files_read
 from datasets.tasks import Experiment
 from training.checkpoints import origin_of, read_state, save_network
-from training.config import IMAGES_PER_STATE, LoopConfig, RunOptions, resume_path
+from training.config import LoopConfig, RunOptions, resume_path
 from training.loop import Objective, fingerprint, fit
 from training.processes import Processes, joined_processes
 from training.run_state import Recorder
@@ -167,7 +167,7 @@ def _fit_to_checkpoint(
     recorder = Recorder(
         name=training.command,
         resume=resume,
-        save_every=options.save_every or -(-IMAGES_PER_STATE // len(images)),
+        save_every=options.save_every,
         identity=what,
         log=options.log,
         watch=tensorboard_writer(options.tensorboard if processes.is_main else None),
