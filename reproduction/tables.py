@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,19 +140,28 @@ def differences(results: Sequence[JobResult], summary: Sequence[dict]) -> list[d
 
 
 def steps_summary(results: Sequence[JobResult]) -> list[dict]:
-    """AUROC on the way: for each OOD set and mode at step 0, the last, and halves, quarters, … of it in between, the
-    mean over the runs. Runs whose evaluations came at other steps than those of the first are left out."""
+    """AUROC on the way, the mean over all runs: for each OOD set and mode at the last step of each, which is "last"
+    where partitions of other sizes make other numbers of steps, and before at 0 and about the half, the quarter, … of
+    it, at steps after which all runs were evaluated."""
     runs = [run for result in results for run in result.content["runs"] if run["curve"]]
-    steps = [check["step"] for check in runs[0]["curve"]] if runs else []
-    halves = [steps[-1] / 2**k for k in range(SHOWN_STEPS)] if runs else []
-    shown = sorted({0, *(min(steps, key=lambda step: abs(step - half)) for half in halves)} & set(steps))
-    rows = [
-        {"ood_dataset": ood, "method": run["mode"], "step": check["step"], "auroc": auroc}
+    if not runs:
+        return []
+    ends = {run["curve"][-1]["step"] for run in runs}
+    common = set.intersection(*({check["step"] for check in run["curve"][:-1]} for run in runs)) or {0}
+    halves = [min(ends) / 2**k for k in range(1, SHOWN_STEPS)]
+    shown = {0, *(min(common, key=lambda step: abs(step - half)) for half in halves)}
+    end = ends.pop() if len(ends) == 1 else "last"
+    points = [
+        (run["mode"], end if check is run["curve"][-1] else check["step"], check["auroc"])
         for run in runs
-        if [check["step"] for check in run["curve"]] == steps
         for check in run["curve"]
-        if check["step"] in shown
-        for ood, auroc in check["auroc"].items()
+        if check is run["curve"][-1] or check["step"] in shown
+    ]
+    points.sort(key=lambda point: math.inf if point[1] == "last" else point[1])
+    rows = [
+        {"ood_dataset": ood, "method": mode, "step": step, "auroc": auroc}
+        for mode, step, aurocs in points
+        for ood, auroc in aurocs.items()
     ]
     return aggregate(rows, ("ood_dataset", "method", "step"), ("auroc",))
 
@@ -186,7 +196,8 @@ def steps_cells(summary: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     found = {(row["ood_dataset"], row["method"], row["step"]): cell(row["auroc"]) for row in summary}
     lines = dict.fromkeys((row["ood_dataset"], row["method"]) for row in summary)
     rows = [[*line, *(found[(*line, step)] for step in steps)] for line in lines]
-    return without_single_set(["OOD set", "mode", *(f"step {step:,}" for step in steps)], rows)
+    names = (f"step {step:,}" if isinstance(step, int) else f"{step} step" for step in steps)
+    return without_single_set(["OOD set", "mode", *names], rows)
 
 
 def difference_cells(found: Sequence[dict]) -> tuple[list[str], list[list[str]]]:

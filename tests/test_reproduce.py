@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from evaluation.report import markdown
 from reproduction import jobs, launchers, report
 from reproduction.jobs import Job, Step, last_line, read_job, run_job
 from reproduction.launchers import ClusterJob, ended, is_queued, local_slots, run_local, submit
-from reproduction.tables import detection_cells, notes, read_result
+from reproduction.tables import detection_cells, notes, read_result, steps_cells, steps_summary
 from tests import children
 from tests.tiny_data import write_folder
 from utils import load_checkpoint, save_checkpoint
@@ -983,3 +984,19 @@ def test_a_damaged_result_is_named(tmp_path, reproduced, damaged):
 def test_markdown_by_hand():
     assert markdown(["x", "y"], [["1", "2"]]) == "| x | y |\n| --- | --- |\n| 1 | 2 |"
     assert markdown(["x"], [["a|b"]]).endswith("| a\\|b |")
+
+
+def test_auroc_over_steps_is_the_mean_over_all_runs_also_where_they_end_at_different_steps():
+    """As the partitions of MNIST do: the fewer the training images, the fewer the steps."""
+
+    def result(aurocs: dict[int, float]) -> SimpleNamespace:
+        curve = [{"step": step, "auroc": {"held-out": auroc}} for step, auroc in aurocs.items()]
+        return SimpleNamespace(content={"runs": [{"mode": "CMG-energy", "curve": curve}]})
+
+    longer = result({0: 0.5, 10: 0.6, 20: 0.7, 30: 0.8, 40: 0.9, 43: 0.91})
+    shorter = result({0: 0.7, 10: 0.8, 20: 0.9, 30: 0.6, 37: 0.5})
+    header, rows = steps_cells(steps_summary([longer, shorter]))
+    assert header == ["mode", "step 0", "step 10", "step 20", "last step"]
+    assert rows == [["CMG-energy", "60.00 ± 14.14", "70.00 ± 14.14", "80.00 ± 14.14", "70.50 ± 28.99"]]
+    header, rows = steps_cells(steps_summary([longer]))
+    assert header == ["mode", "step 0", "step 10", "step 20", "step 43"] and rows[0][-1] == "91.00"
