@@ -333,7 +333,7 @@ def test_a_failing_process_under_torchrun_ends_all_with_its_message(workplace):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "train"]
     # 722 images are a batch of 719 and one of 3: one image for the second process, which it cannot normalise.
     options = ["--device", "cpu", "--epochs", "1", "--batch-size", "719", "--precision", "fp32"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run([*launcher, *options], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode != 0 and "train: error: a batch of 1 image cannot be normalised: " in done.stderr
     assert "[rank" not in done.stderr  # torch's mark on the lines of a traceback
