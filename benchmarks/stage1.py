@@ -223,7 +223,7 @@ def shares_of_time(work: Callable[[], object], device) -> dict[str, float]:
     """The share of each part in `PROFILE`, and of the rest, in the time of all operations of `work`."""
     time_of = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     times = dict.fromkeys((*PROFILE, "rest"), 0.0)
-    with profile() as profiler:
+    with profile(acc_events=True) as profiler:  # or torch warns
         work()
     for event in profiler.events():
         part, caller = None, event

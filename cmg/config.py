@@ -75,6 +75,13 @@ class FineTuneConfig:
         choices=PAIRS,
         needs={"mixing": tuple(name for name, mixing in MIXINGS.items() if mixing.uses_second)},
     )
+    max_confidence: float = option(
+        1.0,
+        help="Leave out pseudo-OOD images that the classifier before fine-tuning gives one IND class with more than "
+        "this probability: they look like that class",
+        type=number(float, above=0, most=1),
+        needs=FINE_TUNING,
+    )
     pseudo_batch_size: int | None = option(
         None,
         help="Pseudo-OOD images in a step",

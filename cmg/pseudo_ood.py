@@ -12,7 +12,7 @@ from torch import Tensor
 from cli.progress import Progress
 from cmg.config import FineTuneConfig
 from cmg.mixing import MIXINGS, mix_embeddings
-from models.inference import CHUNK
+from models.inference import CHUNK, in_chunks
 from models.vae import ClassConditionalVAE
 from utils import autocast, check_memory, generator
 
@@ -64,12 +64,14 @@ class PseudoOOD:
         vae: in eval mode.
         features: images [B, C, S, S] in [0, 1] -> features [B, F], of the frozen extractor in eval mode.
         of_extracted: the same from what the extractor gives on, for a CVAE of features.
+        head: features [B, F] -> logits [B, classes] before fine-tuning, which `config.max_confidence` needs.
     """
 
     vae: ClassConditionalVAE
     features: Callable[[Tensor], Tensor]
     config: FineTuneConfig
     of_extracted: Callable[[Tensor], Tensor] = lambda extracted: extracted
+    head: Callable[[Tensor], Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -83,7 +85,8 @@ class PseudoOOD:
 
     @torch.no_grad()
     def encode(self, codes: Codes, progress: Progress | None = None) -> Tensor:
-        """Features [N, F] of the images of N codes. Raises `MemoryShortage` where there is no room for them."""
+        """Features [N, F] of the images of N codes, some more than once where `config.max_confidence` leaves out
+        others. Raises `MemoryShortage` where there is no room for them."""
         parts, chunk, count = [], CHUNK[self.device.type], len(codes.first)
         to_features = self.features if self.vae.makes == "images" else self.of_extracted
         with autocast(self.device, self.config.precision):
@@ -95,7 +98,16 @@ class PseudoOOD:
                     check_memory(needed, self.device, f"the features of {count:,} pseudo-OOD images")
                 if progress:
                     progress.advance(len(made))
-        return torch.cat(parts)
+        return self.without_confident(torch.cat(parts))
+
+    def without_confident(self, features: Tensor) -> Tensor:
+        """[N, F] with the others in turn, or the least confident alone, in the place of those that the head before
+        fine-tuning gives one IND class with more than `config.max_confidence`."""
+        if self.config.max_confidence == 1:
+            return features
+        confidence = in_chunks(self.head, features, "fp32")[:, : self.config.num_ind].softmax(1).amax(1)
+        kept = (confidence <= max(self.config.max_confidence, confidence.min())).nonzero().flatten()
+        return features[kept[torch.arange(len(features), device=kept.device) % len(kept)]]
 
     def batches(self, seeds: Sequence[int]) -> FreshFeatures | PooledFeatures:
         """Where the batches of fine-tuning come from: made in every step, or drawn from a pool."""

@@ -109,7 +109,8 @@ class Stage2:
     @classmethod
     def of(cls, split: Split, cvae: ClassConditionalVAE, config: FineTuneConfig) -> Stage2:
         """From a classifier's two parts and the CVAE, which is copied into its faster form."""
-        return cls(split.head, PseudoOOD(for_inference(cvae), split.features, config, split.of_extracted))
+        pseudo = PseudoOOD(for_inference(cvae), split.features, config, split.of_extracted, split.head)
+        return cls(split.head, pseudo)
 
     def encode(self, data: Stage2Data) -> FeatureBank:
         """The features of all real images."""

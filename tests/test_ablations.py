@@ -119,8 +119,8 @@ def test_a_variant_that_changes_something_else_is_refused(place, monkeypatch, ca
     assert run_ablations(f"--variant={variant}", "--output", "c.json") == 2
     changes = (
         "--sigma, --epochs, --batch-size, --lr, --mu, --margins, --mixing, --mixing-probability, --pairs, "
-        "--pseudo-batch-size, --pseudo-pool, --loss-energy, --score, --tune, --anchor, --interpolation, "
-        "--least-explained, --eval-every"
+        "--max-confidence, --pseudo-batch-size, --pseudo-pool, --loss-energy, --score, --tune, --anchor, "
+        "--interpolation, --least-explained, --eval-every"
     )
     message = f"--variant={variant!r}: {flag} is the same for all; a variant changes {changes}"
     assert capsys.readouterr().err == f"reproduction.ablations: error: {message}\n" and not Path("c.json").exists()

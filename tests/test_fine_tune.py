@@ -149,6 +149,22 @@ def test_a_pool_is_made_once_and_drawn_from(pseudo):
         torch.testing.assert_close(torch.cat([batch[s] for batch in batches]), pool[chosen])
 
 
+def test_confident_pseudo_ood_images_are_replaced_by_the_others_in_turn(pseudo, head):
+    """`head` is random, so that the threshold lies where a third of them are above it."""
+    pseudo = replace(pseudo, head=head)
+    codes = pseudo.draw(40, generator(1, "pool"))
+    everything = pseudo.encode(codes)
+    with torch.no_grad():
+        confidence = head(everything)[:, :6].softmax(1).amax(1)
+    limit = confidence.sort().values[26].item()
+    expected = [image for image, sure in zip(everything, confidence.tolist(), strict=True) if sure <= limit]
+    assert len(expected) == 27
+    found = replace(pseudo, config=replace(CONFIG, max_confidence=limit)).encode(codes)
+    torch.testing.assert_close(found, torch.stack(expected + expected[:13]), rtol=0, atol=0)
+    least = replace(pseudo, config=replace(CONFIG, max_confidence=1e-3)).encode(codes)
+    assert torch.equal(least, everything[confidence.argmin()].expand(40, -1))
+
+
 @pytest.mark.parametrize("mixing", ["bernoulli", "mixup", "none"])
 def test_codes_hold_the_weights_of_the_mixing(mixing):
     config = replace(CONFIG, mixing=mixing, mixing_probability=0.9)
