@@ -347,6 +347,16 @@ def test_states_are_kept_every_so_many_epochs(tiny, save_every, kept):
     assert (load_checkpoint(path)["step"] if path.exists() else None) == (kept and kept * STEPS)
 
 
+def test_by_default_states_take_a_twentieth_of_the_time_at_most(monkeypatch):
+    model = nn.Linear(1, 1)
+    state = RunState(model, torch.optim.SGD(model.parameters()), CONFIG, Recorder(name="test"), CPU, 3)
+    for seconds, spent, due in [(1.0, 0.0, True), (10.0, 0.625, False), (12.0, 0.625, False), (12.5, 0.625, True)]:
+        clock = SimpleNamespace(monotonic=lambda now=state.started + seconds: now)
+        monkeypatch.setattr("training.run_state.time", clock)
+        state.spent_saving = spent
+        assert state.is_due() == due
+
+
 # --- failure ------------------------------------------------------------------------------------
 
 
