@@ -7,9 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-FIRST_STEPS = (
-    3  # that run as they are: what a step keeps, such as an optimizer's moments, is allocated in its first run
-)
+# That run as they are: what a step keeps, such as an optimizer's moments, is allocated when it runs first.
+FIRST_STEPS = 3
 
 
 class Graphed:

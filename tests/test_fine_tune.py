@@ -20,7 +20,7 @@ from cmg.pseudo_ood import FreshFeatures, PooledFeatures, PseudoOOD, decode, dra
 from cmg.reference import reference
 from cmg.results import Results, run_scores
 from cmg.scores import SCORES
-from cmg.stage2 import Stage2Inputs, run_stage2, split_model
+from cmg.stage2 import Stage2, Stage2Inputs, run_stage2, split_model
 from datasets.datasetsHelper import Images, to_float
 from datasets.tasks import TASKS, Experiment
 from evaluation.report import PSEUDO
@@ -163,6 +163,22 @@ def test_confident_pseudo_ood_images_are_replaced_by_the_others_in_turn(pseudo, 
     torch.testing.assert_close(found, torch.stack(expected + expected[:13]), rtol=0, atol=0)
     least = replace(pseudo, config=replace(CONFIG, max_confidence=1e-3)).encode(codes)
     assert torch.equal(least, everything[confidence.argmin()].expand(40, -1))
+
+
+def test_stage_2_leaves_out_what_its_classifier_is_confident_of(digits_classifier, digits_cvae):
+    digits_classifier.classifier.fc2.weight.data.mul_(1000)  # or its logits would be all but the same
+
+    def confidences(limit):
+        config = replace(CONFIG, max_confidence=limit)
+        pseudo = Stage2.of(split_model(digits_classifier, "head"), digits_cvae, config).pseudo
+        with torch.no_grad():
+            features = pseudo.encode(pseudo.draw(40, generator(1, "pool")))
+            return digits_classifier.classifier(features)[:, :6].softmax(1).amax(1)
+
+    of_all = confidences(1.0)
+    limit = of_all.median().item()
+    found = confidences(limit)
+    assert len(found) == 40 and found.max() <= limit + 1e-6 < of_all.max()
 
 
 @pytest.mark.parametrize("mixing", ["bernoulli", "mixup", "none"])

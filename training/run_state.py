@@ -232,7 +232,8 @@ def check_weights(model: nn.Module, epoch: int, or_fp32: str) -> None:
     """Raise `UserError` where training has left weights that are not finite, though the losses up to there were."""
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()  # waits for the device once
-    for name in [name for name, is_finite in zip(tensors, finite, strict=True) if not is_finite][:1]:
+    if not all(finite):
+        name = list(tensors)[finite.index(False)]
         raise UserError(f"{name} is not finite any more in epoch {epoch}: lower --lr{or_fp32}; nothing is saved")
 
 
