@@ -123,12 +123,26 @@ class FineTuneConfig:
         type=number(float, least=0, most=1),
         needs=FINE_TUNING,
     )
+    scored_head: str = option(
+        "last",
+        help="Head that is scored and saved: the last, or the average of its weights over all steps so far",
+        choices=("last", "average"),
+        needs=FINE_TUNING,
+    )
     least_explained: float = option(
         0.0,
         help="Share of the variance of the IND training features that a CVAE of features must explain; below it the "
         "head stays as it is",
         type=number(float, least=0, most=1),
         needs={"tune": ("head",)},
+    )
+    least_detected: float = option(
+        0.0,
+        help="Share of the pseudo-OOD images that the energy before fine-tuning must detect already, at the threshold "
+        "that 95 %% of the IND images pass (those that --val-fraction kept, or else those for training); below it the "
+        "head stays as it is",
+        type=number(float, least=0, most=1),
+        needs=FINE_TUNING,
     )
     eval_every: int = option(
         100,
@@ -156,6 +170,15 @@ RECIPES: dict[str | None, dict[str, object]] = {
         "anchor": 0.01,
         "interpolation": 0.75,
         "least_explained": 0.75,
+    },
+    "cautious": {
+        "space": "features",
+        "mode": ["CMG-energy"],
+        "pairs": "distinct",
+        "max_confidence": 0.9,
+        "scored_head": "average",
+        "least_explained": 0.75,
+        "least_detected": 0.2,
     },
 }
 

@@ -32,6 +32,7 @@ from cmg.scores import SCORES
 from cmg.stage2 import TUNABLE, Stage2, split_model
 from datasets.tasks import BackboneChoice
 from evaluation.baselines import PostHoc
+from evaluation.metrics import ACCEPTED, acceptance_threshold
 from evaluation.post_hoc import POST_HOC
 from models.backbone import Backbone
 from models.inference import CHUNK, for_inference, in_chunks
@@ -41,7 +42,6 @@ from training.backbone import answers, load_backbone
 from training.checkpoints import fill_network
 from utils import autocast, check_values, load_checkpoint, pick_precision, save_checkpoint
 
-ACCEPTED = 0.95  # share of IND images at or below the threshold: 95 % TPR with IND as the positive class
 FORMER_SCORES = {
     "CMG-energy": "energy-ind",
     "CMG-energy over all logits": "energy-all",
@@ -338,11 +338,6 @@ class CMGDetector(FeaturesDetector):
             except (TypeError, ValueError) as error:
                 raise UserError(f"{path}: does not hold what {score} is fitted on ({error}). {remedy}") from None
         return detector
-
-
-def acceptance_threshold(ind_scores: Tensor) -> float:
-    """The least score that at least 95 % of the [N] IND scores do not exceed."""
-    return ind_scores.kthvalue(max(1, -int(-ACCEPTED * len(ind_scores) // 1))).values.item()
 
 
 def are_classes(names: object) -> bool:

@@ -54,11 +54,8 @@ def evaluate(
         metrics = evaluate_feature_cvae(inputs.cvae, features, config.num_ind, config.precision)
         about["generator"] = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         remarks += filter(None, [little_explained(metrics)])
-    if results.config != config:
-        remarks.append(
-            f"The head stays as it was: the generator explains less than {100 * config.least_explained:.0f} % of the "
-            "variance of the IND training features (--least-explained)"
-        )
+    if results.unchanged:
+        remarks.append(f"The head stays as it was: {results.unchanged}")
     write_json(output, about | tables)
     written = [str(output)]
     if scores:

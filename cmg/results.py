@@ -41,14 +41,15 @@ class Scored:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that stage 2 found: the scores of all images, the runs, whose heads can be saved, and the reason for
-    each post-hoc detector that is left out."""
+    """Everything that stage 2 found: the scores of all images, the runs, whose heads can be saved, the reason for each
+    post-hoc detector that is left out, and why the head stayed as it was, where it did."""
 
     scored: list[Scored]
     runs: list[Run]
     bank: FeatureBank
     config: FineTuneConfig
     left_out: dict[str, str] = field(default_factory=dict)
+    unchanged: str = ""
 
     def detection(self) -> list[dict]:
         """Rows of detection metrics, grouped by OOD set; with the best evaluation of each run as the paper has it."""

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from cli.errors import UserError
 from cmg.config import JOINT, FineTuneConfig
 from cmg.data import FeatureBank, Stage2Data, load_data
-from cmg.engine import Run, fine_tune
+from cmg.engine import Run, fine_tune, head_logits
 from cmg.joint import train_jointly
 from cmg.pseudo_ood import PseudoOOD
 from cmg.results import Results, Scored, compare, pretrained_scores, run_scores
+from cmg.scores import energy_ind
 from datasets.datasetsHelper import Images
 from datasets.tasks import Experiment
+from evaluation.metrics import acceptance_threshold
 from evaluation.report import PSEUDO
 from models.backbone import Backbone
 from models.inference import for_inference
@@ -29,6 +31,7 @@ from training.networks import load_networks
 from training.train_feature_cvae import evaluate_feature_cvae
 from utils import generator
 
+DETECTED_OF = 4096  # pseudo-OOD images among which those that are detected are counted
 TUNABLE = {"head": "classifier", "last-layer": "classifier.fc2"}  # what --tune names -> submodule of MainModel
 
 
@@ -120,19 +123,46 @@ class Stage2:
         self, bank: FeatureBank, modes: Sequence[str], seeds: Sequence[int], show_progress: bool = True
     ) -> list[Run]:
         """A copy of the head, fine-tuned, for every mode and seed."""
-        return fine_tune(self.head, bank, self.heeding(bank).pseudo, modes, seeds, show_progress)
+        return fine_tune(self.head, bank, self.heeding(bank)[0], modes, seeds, show_progress)
 
-    def heeding(self, bank: FeatureBank) -> Stage2:
-        """The same, or where the CVAE explains less of the IND training features than `least_explained`, with a head
-        that stays as it is."""
+    def heeding(self, bank: FeatureBank) -> tuple[PseudoOOD, str]:
+        """The source of pseudo-OOD images, which lets the head stay as it is where they would teach nothing, and the
+        reason for that, or ""."""
+        reason, config = self.nothing_to_learn(bank), self.pseudo.config
+        return replace(self.pseudo, config=replace(config, interpolation=0.0)) if reason else self.pseudo, reason
+
+    def nothing_to_learn(self, bank: FeatureBank) -> str:
+        """Why the head should stay as it is, or "": the CVAE explains less of the IND training features than
+        `least_explained`, or the head as it is detects less of what is made than `least_detected`."""
         config = self.pseudo.config
-        if not config.least_explained:
-            return self
-        known = Images(bank.train, bank.train_labels)
-        explained = evaluate_feature_cvae(self.pseudo.vae, known, config.num_ind, config.precision)["explained"]
-        if explained >= config.least_explained:
-            return self
-        return replace(self, pseudo=replace(self.pseudo, config=replace(config, interpolation=0.0)))
+        if config.least_explained:
+            known = Images(bank.train, bank.train_labels)
+            explained = evaluate_feature_cvae(self.pseudo.vae, known, config.num_ind, config.precision)["explained"]
+            if explained < config.least_explained:
+                return (
+                    f"the generator explains less than {100 * config.least_explained:.0f} % of the variance of the IND "
+                    "training features (--least-explained)"
+                )
+        if config.least_detected:
+            detected = self.detected(bank)
+            if detected < config.least_detected:
+                return (
+                    f"its energy detects {100 * detected:.0f} % of the pseudo-OOD images, less than "
+                    f"{100 * config.least_detected:.0f} % (--least-detected)"
+                )
+        return ""
+
+    def detected(self, bank: FeatureBank) -> float:
+        """Share of pseudo-OOD images, confident ones too, whose energy under the head is above that of 95 % of the IND
+        images that were kept from both stages, or of the training images where none were."""
+        everything = replace(self.pseudo, config=replace(self.pseudo.config, max_confidence=1.0))
+        made = everything.encode(everything.draw(DETECTED_OF, generator(0, "detected")))
+        known = bank.validation if len(bank.validation) else bank.train
+        ind, pseudo = (
+            energy_ind(head_logits(self.head, dict(self.head.named_parameters()), part), self.pseudo.config.num_ind)
+            for part in (known, made)
+        )
+        return (pseudo > acceptance_threshold(ind)).float().mean().item()
 
     def results(
         self,
@@ -143,12 +173,12 @@ class Stage2:
         compared: Sequence[Scored] = (),
     ) -> Results:
         """Fine-tune for every mode and seed, and score every OOD set; `compared` are other detectors."""
-        pseudo = self.heeding(bank).pseudo
+        pseudo, reason = self.heeding(bank)
         runs = fine_tune(self.head, bank, pseudo, modes, seeds)
         scored = [*pretrained_scores(self.head, bank), *compared]
         for run in runs:
             scored += run_scores(self.head, bank, run, pseudo, score_pseudo)
-        return Results(scored, runs, bank, pseudo.config)
+        return Results(scored, runs, bank, pseudo.config, unchanged=reason)
 
 
 def run_stage2(

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from cli.errors import UserError
 
+ACCEPTED = 0.95  # share of IND images at or below the threshold: 95 % TPR with IND as the positive class
+
 
 def auroc(ind_scores: Tensor, ood_scores: Tensor) -> float:
     """Probability that an OOD image scores above an IND image, ties counting half: [N], [M] scores.
@@ -42,6 +44,11 @@ def detection_metrics(ind_scores: Tensor, ood_scores: Tensor) -> dict[str, float
         "aupr_out": float(average_precision_score(is_ood, values)),
         "aupr_in": float(average_precision_score(~is_ood, -values)),
     }
+
+
+def acceptance_threshold(ind_scores: Tensor) -> float:
+    """The least score that at least 95 % of the [N] IND scores do not exceed."""
+    return ind_scores.kthvalue(max(1, -int(-ACCEPTED * len(ind_scores) // 1))).values.item()
 
 
 def _labelled(ind_scores: Tensor, ood_scores: Tensor) -> tuple[Tensor, Tensor]:

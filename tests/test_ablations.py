@@ -120,7 +120,7 @@ def test_a_variant_that_changes_something_else_is_refused(place, monkeypatch, ca
     changes = (
         "--sigma, --epochs, --batch-size, --lr, --mu, --margins, --mixing, --mixing-probability, --pairs, "
         "--max-confidence, --pseudo-batch-size, --pseudo-pool, --loss-energy, --score, --tune, --anchor, "
-        "--interpolation, --least-explained, --eval-every"
+        "--interpolation, --scored-head, --least-explained, --least-detected, --eval-every"
     )
     message = f"--variant={variant!r}: {flag} is the same for all; a variant changes {changes}"
     assert capsys.readouterr().err == f"reproduction.ablations: error: {message}\n" and not Path("c.json").exists()

@@ -11,10 +11,11 @@ import eval
 import predict
 from cli.errors import UserError, run_command
 from cmg.config import FineTuneConfig
-from cmg.detector import CMGDetector, acceptance_threshold
+from cmg.detector import CMGDetector
 from cmg.scores import PRETRAINED_SCORES, SCORES
 from datasets.datasetsHelper import load_ind, to_float
 from datasets.tasks import TASKS, Experiment
+from evaluation.metrics import acceptance_threshold
 from evaluation.post_hoc import POST_HOC
 from models.main_model import MainModel
 from training.train_classifier import build_classifier

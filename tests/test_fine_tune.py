@@ -165,6 +165,34 @@ def test_confident_pseudo_ood_images_are_replaced_by_the_others_in_turn(pseudo, 
     assert torch.equal(least, everything[confidence.argmin()].expand(40, -1))
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["kept IND images", "training images"])
+def test_where_the_energy_detects_few_pseudo_ood_images_the_head_stays_as_it_is(digits_classifier, digits_cvae, kept):
+    split = split_model(digits_classifier, "head")
+
+    def stage_2(**options) -> Stage2:
+        return Stage2.of(split, digits_cvae, replace(CONFIG, max_confidence=0.3, **options))
+
+    pseudo = Stage2.of(split, digits_cvae, CONFIG).pseudo  # none is left out of what is counted
+    with torch.no_grad():
+        features = pseudo.encode(pseudo.draw(COUNT + 20, generator(1, "IND")))
+        labels = torch.arange(COUNT) % 6
+        bank = FeatureBank(features[:COUNT], labels, features[COUNT:][: 20 * kept], features[:6], labels[:6], {})
+        made = -split.head(pseudo.encode(pseudo.draw(4096, generator(0, "detected"))))[:, :6].logsumexp(1)
+        ind = -split.head(bank.validation if kept else bank.train)[:, :6].logsumexp(1)
+    threshold = ind.sort().values[18 if kept else 66]  # 19 of 20 and 67 of 70 do not exceed it: 95 %
+    share = (made > threshold).float().mean().item()
+    assert 0.015 < share < 0.5 and stage_2().detected(bank) == pytest.approx(share, abs=1e-3)
+    for least, learns in ((share - 0.01, True), (share + 0.01, False)):
+        stage2 = stage_2(least_detected=least)
+        source, reason = stage2.heeding(bank)
+        assert source.config.interpolation == (1.0 if learns else 0.0)
+        detects = f"its energy detects {100 * share:.0f} % of the pseudo-OOD images, less than {100 * least:.0f} %"
+        assert reason == ("" if learns else f"{detects} (--least-detected)")
+        (run,) = stage2.fine_tune(bank, ["CMG-energy"], [1], show_progress=False)
+        same = [torch.equal(run.last[name], start) for name, start in stage2.head.named_parameters()]
+        assert all(same) == (not learns)
+
+
 def test_stage_2_leaves_out_what_its_classifier_is_confident_of(digits_classifier, digits_cvae):
     digits_classifier.classifier.fc2.weight.data.mul_(1000)  # or its logits would be all but the same
 
@@ -277,6 +305,26 @@ def test_an_interpolated_head_lies_between_the_start_and_the_tuned_one(head, ban
         torch.testing.assert_close(found.last[name], expected, atol=1e-6, rtol=1e-6)
         assert share or torch.equal(found.last[name], start)
     assert found.curve[0] == tuned.curve[0]  # training itself is the same
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_an_averaged_head_is_the_mean_over_the_start_and_all_steps(head, bank, pseudo, share):
+    """Runs of 1, 2, 3 ... steps are the same run cut off: their last heads are what is averaged."""
+    few = replace(bank, train=bank.train[:8], train_labels=bank.train_labels[:8])
+    start = dict(head.named_parameters())
+    for seed in (1, 2):
+        lasts = []
+        for epochs in (1, 2, 3):
+            one = replace(CONFIG, epochs=epochs, batch_size=8, margins=(0.5, 0.5), pseudo_pool=20)
+            run = tune(head, few, pseudo, one, seeds=(1, 2))["CMG-energy", seed]
+            lasts.append(run.last)
+        averaged = tune(head, few, pseudo, replace(one, scored_head="average", interpolation=share), seeds=(1, 2))
+        found = averaged["CMG-energy", seed]
+        for name, began in start.items():
+            mean = (began + sum(last[name] for last in lasts)) / 4
+            torch.testing.assert_close(found.last[name], began + share * (mean - began), atol=1e-6, rtol=1e-6)
+            assert not torch.allclose(mean, lasts[-1][name], atol=1e-6, rtol=0)
+        assert found.curve[0] == run.curve[0] and found.margins == run.margins  # training itself is the same
 
 
 def test_a_strong_anchor_keeps_the_head_near_its_start(head, bank, pseudo):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -46,15 +47,24 @@ def rows(path: str) -> list[dict]:
     return json.loads(Path(path).read_text())["detection"]
 
 
-def test_a_recipe_is_its_options_written_out(place, capsys):
-    options = RECIPES["steady"]
-    words = [word for name in ("pairs", "anchor", "interpolation") for word in (f"--{name}", options[name])]
-    words += ["--least-explained", "0", "--mode", *options["mode"]]
-    assert run(evaluate, *SHORT, "--recipe", "steady", "--least-explained", "0", "--output", "a.json") == 0
-    assert run(evaluate, *SHORT, "--space", options["space"], *words, "--output", "b.json") == 0
+@pytest.mark.parametrize(
+    ("recipe", "fixed"),
+    [
+        ("steady", {"pairs": "distinct", "anchor": 0.01, "interpolation": 0.75}),
+        ("cautious", {"pairs": "distinct", "max_confidence": 0.9, "scored_head": "average"}),
+    ],
+)
+def test_a_recipe_is_its_options_written_out(place, capsys, recipe, fixed):
+    least = {name: value for name, value in RECIPES[recipe].items() if name.startswith("least")}
+    assert RECIPES[recipe] == {"space": "features", "mode": ["CMG-energy"]} | fixed | least
+    learn = [word for name in least for word in (f"--{name.replace('_', '-')}", "0")]
+    words = [word for name, value in fixed.items() for word in (f"--{name.replace('_', '-')}", value)]
+    assert run(evaluate, *SHORT, "--recipe", recipe, *learn, "--output", "a.json") == 0
+    options = ("--space", "features", "--mode", "CMG-energy", *words, *learn)
+    assert run(evaluate, *SHORT, *options, "--output", "b.json") == 0
     first, second = (json.loads(Path(name).read_text()) for name in ("a.json", "b.json"))
     assert first["detection"] == second["detection"] and first["config"] == second["config"]
-    assert first["config"]["anchor"] == options["anchor"] == 0.01
+    assert first["config"] | fixed == first["config"]
     assert {row["method"] for row in first["detection"]} == {"MSP", "energy", "CMG-energy"}
 
 
@@ -93,6 +103,19 @@ def test_a_generator_that_explains_little_leaves_the_head_alone(place, capsys, l
     assert found["config"]["interpolation"] == (0.0 if left else 1.0)
     accuracies = {row["at"]: row["accuracy"] for row in found["ind"]}
     assert (accuracies["last"] == accuracies[PRETRAINED]) or not left
+
+
+def test_a_generator_whose_images_are_not_detected_leaves_the_head_alone(place, capsys):
+    argv = ("--space", "features", "--mode", "CMG-energy", "--least-detected", "1", "--lr", "1e-3")
+    assert run(evaluate, *SHORT, *argv, "--output", "a.json") == 0
+    printed, found = capsys.readouterr().out, json.loads(Path("a.json").read_text())
+    assert re.search(
+        r"The head stays as it was: its energy detects \d+ % of the pseudo-OOD images, less than 100 % "
+        r"\(--least-detected\)\n",
+        printed,
+    )
+    aurocs = {(row["method"], row["at"]): row["auroc"] for row in found["detection"]}
+    assert found["config"]["interpolation"] == 0 and aurocs["CMG-energy", "last"] == aurocs["CMG-energy", "max"]
 
 
 @pytest.mark.parametrize(
