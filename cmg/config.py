@@ -160,7 +160,7 @@ class FineTuneConfig:
         return self.score or MODES[mode].score
 
 
-# Options of `eval` under one name, docs/recipe.md; none is the method.
+# Options of `eval` under one name, docs/recipe.md; none is the method. Each is frozen: its figures are reported.
 RECIPES: dict[str | None, dict[str, object]] = {
     None: {"space": SPACES[0], "mode": ["all"]},
     "steady": {
