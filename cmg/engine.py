@@ -45,7 +45,7 @@ class Run:
     Attributes:
         margins: m_in and m_out, where the mode uses them.
         curve: the evaluations, in the order of steps.
-        last: the head's parameters after the last step.
+        last: the parameters, as they are scored, after the last step.
         validated: those at `validated_step`, the evaluation with the best AUROC of validation images against fresh
             pseudo-OOD images; None where no validation images were kept.
     """

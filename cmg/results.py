@@ -81,7 +81,8 @@ class Results:
     def tables(self) -> dict[str, list[dict] | dict[str, str]]:
         """All of it as plain values, for a file."""
         runs = [run_summary(run) for run in self.runs]
-        return {"detection": self.detection(), "ind": self.ind(), "runs": runs, "left_out": self.left_out}
+        rows = {"detection": self.detection(), "ind": self.ind(), "runs": runs, "left_out": self.left_out}
+        return rows | ({"unchanged": self.unchanged} if self.unchanged else {})
 
 
 def pretrained_scores(head: nn.Module, bank: FeatureBank) -> list[Scored]:

@@ -126,10 +126,10 @@ class Stage2:
         return fine_tune(self.head, bank, self.heeding(bank)[0], modes, seeds, show_progress)
 
     def heeding(self, bank: FeatureBank) -> tuple[PseudoOOD, str]:
-        """The source of pseudo-OOD images, which lets the head stay as it is where they would teach nothing, and the
-        reason for that, or ""."""
+        """The source of pseudo-OOD images, asked for no epochs where they would teach nothing, and the reason for that,
+        or ""."""
         reason, config = self.nothing_to_learn(bank), self.pseudo.config
-        return replace(self.pseudo, config=replace(config, interpolation=0.0)) if reason else self.pseudo, reason
+        return replace(self.pseudo, config=replace(config, epochs=0)) if reason else self.pseudo, reason
 
     def nothing_to_learn(self, bank: FeatureBank) -> str:
         """Why the head should stay as it is, or "": the CVAE explains less of the IND training features than
@@ -147,8 +147,8 @@ class Stage2:
             detected = self.detected(bank)
             if detected < config.least_detected:
                 return (
-                    f"its energy detects {100 * detected:.0f} % of the pseudo-OOD images, less than "
-                    f"{100 * config.least_detected:.0f} % (--least-detected)"
+                    f"its energy detects {100 * detected:.1f} % of the pseudo-OOD images, less than "
+                    f"{100 * config.least_detected:g} % (--least-detected)"
                 )
         return ""
 

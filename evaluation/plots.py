@@ -247,7 +247,7 @@ def auroc_over_steps(runs: Sequence[Mapping], ood_dataset: str, baselines: Mappi
                 axes.plot([steps[at]], [curve[at]], label=f"{name}: {mark}", **look)
             used |= set(points)
         ends.append((curves[:, -1].mean(), f"{mode}\nlast {mean_and_sd([*curves[:, -1] / 100])}", style["color"]))
-    axes.set_xlim(0, max(run["curve"][-1]["step"] for run in runs))
+    axes.set_xlim(0, max(1, *(run["curve"][-1]["step"] for run in runs)))
     axes.set_xlabel("optimizer steps of fine-tuning")
     _explain_marks(axes, [mark for mark in MARKS if mark in used])
     _name_lines(axes, ends, baselines, f"AUROC on {ood_dataset}, %")

@@ -37,12 +37,15 @@ def ablate(request: Request, variants: Mapping[str, Mapping[str, object]], outpu
     for variant, options in variants.items():
         start = time.monotonic()
         config = config_for(request.experiment, precision, **options)
-        tables = run_stage2(inputs, config, request.modes, request.seeds, banks=banks).tables()
+        results = run_stage2(inputs, config, request.modes, request.seeds, banks=banks)
+        tables = results.tables()
         taken = round(time.monotonic() - start, 1)
         found["pretrained"] = [row for row in tables["detection"] if row["at"] == PRETRAINED]
         kept = {key: [row for row in tables[key] if row["at"] != PRETRAINED] for key in ("detection", "ind")}
-        found["variants"][variant] = {"config": asdict(config), "seconds": taken, "runs": tables["runs"]} | kept
+        found["variants"][variant] = {"config": asdict(results.config), "seconds": taken, "runs": tables["runs"]} | kept
         print(f"{variant or THE_METHOD}: {taken:.0f} s", flush=True)
+        if results.unchanged:
+            print(f"The head stays as it was: {results.unchanged}", flush=True)
     method = {"config": asdict(config_for(request.experiment, precision, **request.options))}
     write_json(output, describe("reproduction.ablations", request, inputs, device) | method | found)
     return found

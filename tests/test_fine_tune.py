@@ -185,8 +185,8 @@ def test_where_the_energy_detects_few_pseudo_ood_images_the_head_stays_as_it_is(
     for least, learns in ((share - 0.01, True), (share + 0.01, False)):
         stage2 = stage_2(least_detected=least)
         source, reason = stage2.heeding(bank)
-        assert source.config.interpolation == (1.0 if learns else 0.0)
-        detects = f"its energy detects {100 * share:.0f} % of the pseudo-OOD images, less than {100 * least:.0f} %"
+        assert source.config == replace(stage2.pseudo.config, epochs=2 if learns else 0)
+        detects = f"its energy detects {100 * share:.1f} % of the pseudo-OOD images, less than {100 * least:g} %"
         assert reason == ("" if learns else f"{detects} (--least-detected)")
         (run,) = stage2.fine_tune(bank, ["CMG-energy"], [1], show_progress=False)
         same = [torch.equal(run.last[name], start) for name, start in stage2.head.named_parameters()]
@@ -318,13 +318,15 @@ def test_an_averaged_head_is_the_mean_over_the_start_and_all_steps(head, bank, p
             one = replace(CONFIG, epochs=epochs, batch_size=8, margins=(0.5, 0.5), pseudo_pool=20)
             run = tune(head, few, pseudo, one, seeds=(1, 2))["CMG-energy", seed]
             lasts.append(run.last)
-        averaged = tune(head, few, pseudo, replace(one, scored_head="average", interpolation=share), seeds=(1, 2))
-        found = averaged["CMG-energy", seed]
+        averaged = replace(one, scored_head="average", interpolation=share, eval_every=1)
+        found = tune(head, few, pseudo, averaged, seeds=(1, 2))["CMG-energy", seed]
         for name, began in start.items():
             mean = (began + sum(last[name] for last in lasts)) / 4
             torch.testing.assert_close(found.last[name], began + share * (mean - began), atol=1e-6, rtol=1e-6)
             assert not torch.allclose(mean, lasts[-1][name], atol=1e-6, rtol=0)
-        assert found.curve[0] == run.curve[0] and found.margins == run.margins  # training itself is the same
+        shorter = tune(head, few, pseudo, replace(averaged, epochs=2), seeds=(1, 2))["CMG-energy", seed]
+        assert [one.step for one in found.curve] == [0, 1, 2, 3] and found.curve[:3] == shorter.curve
+        assert found.validated_step in (0, 1, 2, 3) and found.validated.keys() == start.keys()
 
 
 def test_a_strong_anchor_keeps_the_head_near_its_start(head, bank, pseudo):

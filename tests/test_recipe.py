@@ -55,7 +55,7 @@ def rows(path: str) -> list[dict]:
     ],
 )
 def test_a_recipe_is_its_options_written_out(place, capsys, recipe, fixed):
-    least = {name: value for name, value in RECIPES[recipe].items() if name.startswith("least")}
+    least = {"least_explained": 0.75} | ({"least_detected": 0.2} if recipe == "cautious" else {})
     assert RECIPES[recipe] == {"space": "features", "mode": ["CMG-energy"]} | fixed | least
     learn = [word for name in least for word in (f"--{name.replace('_', '-')}", "0")]
     words = [word for name, value in fixed.items() for word in (f"--{name.replace('_', '-')}", value)]
@@ -100,7 +100,7 @@ def test_a_generator_that_explains_little_leaves_the_head_alone(place, capsys, l
     same = [torch.equal(saved["model"][name], value) for name, value in classifier.items() if name in saved["model"]]
     assert same and all(same) == left
     assert ("The head stays as it was: the generator explains less than 100 %" in printed) == left
-    assert found["config"]["interpolation"] == (0.0 if left else 1.0)
+    assert found["config"]["epochs"] == (0 if left else 3) and ("unchanged" in found) == left
     accuracies = {row["at"]: row["accuracy"] for row in found["ind"]}
     assert (accuracies["last"] == accuracies[PRETRAINED]) or not left
 
@@ -110,12 +110,14 @@ def test_a_generator_whose_images_are_not_detected_leaves_the_head_alone(place, 
     assert run(evaluate, *SHORT, *argv, "--output", "a.json") == 0
     printed, found = capsys.readouterr().out, json.loads(Path("a.json").read_text())
     assert re.search(
-        r"The head stays as it was: its energy detects \d+ % of the pseudo-OOD images, less than 100 % "
+        r"The head stays as it was: its energy detects \d+\.\d % of the pseudo-OOD images, less than 100 % "
         r"\(--least-detected\)\n",
         printed,
     )
     aurocs = {(row["method"], row["at"]): row["auroc"] for row in found["detection"]}
-    assert found["config"]["interpolation"] == 0 and aurocs["CMG-energy", "last"] == aurocs["CMG-energy", "max"]
+    assert found["config"]["epochs"] == 0 and found["unchanged"] in printed
+    assert aurocs["CMG-energy", "last"] == aurocs["CMG-energy", "max"]
+    assert [[check["step"] for check in one["curve"]] for one in found["runs"]] == [[0]]
 
 
 @pytest.mark.parametrize(
