@@ -123,9 +123,9 @@ class Stage2:
         self, bank: FeatureBank, modes: Sequence[str], seeds: Sequence[int], show_progress: bool = True
     ) -> list[Run]:
         """A copy of the head, fine-tuned, for every mode and seed."""
-        return fine_tune(self.head, bank, self.heeding(bank)[0], modes, seeds, show_progress)
+        return fine_tune(self.head, bank, self.source_for(bank)[0], modes, seeds, show_progress)
 
-    def heeding(self, bank: FeatureBank) -> tuple[PseudoOOD, str]:
+    def source_for(self, bank: FeatureBank) -> tuple[PseudoOOD, str]:
         """The source of pseudo-OOD images, asked for no epochs where they would teach nothing, and the reason for that,
         or ""."""
         reason, config = self.nothing_to_learn(bank), self.pseudo.config
@@ -173,7 +173,7 @@ class Stage2:
         compared: Sequence[Scored] = (),
     ) -> Results:
         """Fine-tune for every mode and seed, and score every OOD set; `compared` are other detectors."""
-        pseudo, reason = self.heeding(bank)
+        pseudo, reason = self.source_for(bank)
         runs = fine_tune(self.head, bank, pseudo, modes, seeds)
         scored = [*pretrained_scores(self.head, bank), *compared]
         for run in runs:

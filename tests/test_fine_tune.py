@@ -184,7 +184,7 @@ def test_where_the_energy_detects_few_pseudo_ood_images_the_head_stays_as_it_is(
     assert 0.015 < share < 0.5 and stage_2().detected(bank) == pytest.approx(share, abs=1e-3)
     for least, learns in ((share - 0.01, True), (share + 0.01, False)):
         stage2 = stage_2(least_detected=least)
-        source, reason = stage2.heeding(bank)
+        source, reason = stage2.source_for(bank)
         assert source.config == replace(stage2.pseudo.config, epochs=2 if learns else 0)
         detects = f"its energy detects {100 * share:.1f} % of the pseudo-OOD images, less than {100 * least:g} %"
         assert reason == ("" if learns else f"{detects} (--least-detected)")
