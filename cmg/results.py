@@ -78,11 +78,11 @@ class Results:
                 )
         return list(rows.values())
 
-    def tables(self) -> dict[str, list[dict] | dict[str, str]]:
+    def tables(self) -> dict[str, list[dict] | dict[str, str] | str]:
         """All of it as plain values, for a file."""
         runs = [run_summary(run) for run in self.runs]
-        rows = {"detection": self.detection(), "ind": self.ind(), "runs": runs, "left_out": self.left_out}
-        return rows | ({"unchanged": self.unchanged} if self.unchanged else {})
+        why = {"left_out": self.left_out, "unchanged": self.unchanged}
+        return {"detection": self.detection(), "ind": self.ind(), "runs": runs} | why
 
 
 def pretrained_scores(head: nn.Module, bank: FeatureBank) -> list[Scored]:
