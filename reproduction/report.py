@@ -50,7 +50,7 @@ def write_report(
     """
     summary, ind = tables.detection_summary(results), tables.ind_summary(results)
     compared = tables.differences(results, summary)
-    without = left_out(one.content for one in results)
+    contents = [one.content for one in results]
     changes = read_ablations(ablations) if ablations else None
     rows = [{"partition": one.partition} | row for one in results for row in one.content["detection"]]
     steps = tables.steps_summary(results)
@@ -58,7 +58,12 @@ def write_report(
         "detection": summary,
         "ind": ind,
         "differences": compared,
-        "left_out": without,
+        "left_out": left_out(contents),
+        "unchanged": [
+            {"partition": one.partition, "seed": one.seed, "reason": reason}
+            for one in results
+            if (reason := one.content.get("unchanged"))
+        ],
         "steps": steps,
         "rows": rows,
     }
@@ -66,7 +71,7 @@ def write_report(
     tables.write_csv(folder / "table.csv", summary)
     pictures = draw(folder, results, samples, changes)
     parts = {
-        "Detection": (tables.detection_cells(summary), tables.notes(summary, without)),
+        "Detection": (tables.detection_cells(summary), tables.notes(summary, contents)),
         "The best of the others": (tables.difference_cells(compared), DIFFERENCES),
         "Classification": (tables.ind_cells(ind), ""),
     }
@@ -137,8 +142,7 @@ def draw(folder: Path, results: Sequence[JobResult], samples: Path | None, chang
         name: tuple(first.of(name, at, images)[0] for images in (IND_TEST, ood)) for name, at in detectors.items()
     }
     figures["roc"] = (roc_curves(curves, ood), f"ROC curves against {ood}, CMG after the last step; {where}.")
-    runs = [run for result in of_partition for run in result.content["runs"]]
-    if all(run["curve"] for run in runs):
+    if runs := tables.at_all_steps([run for result in of_partition for run in result.content["runs"]]):
         caption = f"AUROC on {ood} while the head is tuned; {first.partition}, each line a seed."
         figures["steps"] = (auroc_over_steps(runs, ood, pretrained_means(of_partition, ood)), caption)
     for option, label in SWEEPS.items() if changes else ():

@@ -782,9 +782,37 @@ def test_detectors_that_some_runs_left_out_are_reported_and_not_compared(reprodu
     summary = tables.detection_summary(results)
     assert {row["method"]: row["auroc"]["n"] for row in summary}["KNN"] == 1
     assert "KNN" not in {one["best_baseline"] for one in tables.differences(results, summary)}
-    assert tables.notes(summary, {"KNN": "in 1 of 2 results (k=50)"}).endswith(
-        "\nKNN is left out in 1 of 2 results (k=50)."
+    results[0].content["left_out"] = {"KNN": "k=50"}
+    said = tables.notes(summary, [result.content for result in results])
+    assert said.endswith("\nKNN is left out in 1 of 2 results (k=50).")
+
+
+def test_heads_that_stayed_as_they_were_are_reported(reproduced, tmp_path):
+    """One of two training seeds: it has no steps, and is drawn and counted at each of the other's."""
+    tuned, left = (
+        read_result("partition1", seed, folder / "eval.json", folder / "scores.npz")
+        for seed, folder in ((seed, reproduced / f"partition1_seed{seed}") for seed in (1, 2))
     )
+    left.content["unchanged"] = "its energy detects 1.0 %"
+    for one in left.content["runs"]:
+        del one["curve"][1:]
+    about = {"task": "same_dataset_digits", "command": "python -m reproduce", "environment": {}}
+    about |= {"wall_seconds": 1.0, "job_seconds": 1.0, "done": 2, "jobs": 2}
+    report.write_report(tmp_path, about, [tuned, left], "First.", None, None)
+    table, text = json.loads((tmp_path / "table.json").read_text()), (tmp_path / "table.md").read_text()
+    assert table["unchanged"] == [{"partition": "partition1", "seed": 2, "reason": "its energy detects 1.0 %"}]
+    said = "The head stays as it was in 1 of 2 results: its energy detects 1.0 %"
+    assert f"\n{said}\n" in text and said in (tmp_path / "report.html").read_text()
+    name = tuned.content["detection"][0]["ood_dataset"]
+    ends = [one.content["runs"][0]["curve"][-1]["auroc"][name] for one in (tuned, left)]
+    over_steps = [row for row in table["steps"] if row["method"] == "CMG-energy"]
+    assert [row["auroc"]["n"] for row in over_steps] == [2] * len(over_steps) and len(over_steps) > 1
+    assert over_steps[-1]["auroc"]["mean"] == pytest.approx(sum(ends) / 2) and over_steps[-1]["step"] > 0
+
+    report.write_report(tmp_path / "none", about, [left], "First.", None, None)
+    text = (tmp_path / "none/table.md").read_text()
+    assert "\nThe head stays as it was: its energy detects 1.0 %\n" in text and "over steps" not in text
+    assert not (tmp_path / "none/figures/steps.png").exists()
 
 
 def test_free_gpus_take_one_job_each(monkeypatch):
@@ -968,7 +996,7 @@ def test_a_table_names_its_ood_sets_where_there_are_several():
     assert header[:3] == ["OOD set", "method", "step"] and [row[0] for row in cells] == ["SVHN", "LSUN"]
     header, cells = detection_cells(rows[:1])
     assert header[:2] == ["method", "step"] and cells == [["MSP", "pretrained", "50.00", "-", "-", "-", "1"]]
-    assert notes(rows).startswith("OOD images: SVHN, LSUN. ")
+    assert notes(rows, []).startswith("OOD images: SVHN, LSUN. ")
 
 
 @pytest.mark.parametrize("damaged", ["eval.json", "scores.npz"])
