@@ -228,11 +228,9 @@ def test_codes_hold_the_weights_of_the_mixing(mixing):
         assert (codes.weight == 1).all()
 
 
-@pytest.mark.parametrize("anchor", [0.0, 0.5])
-def test_the_loss_of_all_heads_is_the_sum_of_their_losses(head, bank, pseudo, anchor):
-    config = replace(CONFIG, anchor=anchor)
-    source = replace(pseudo, config=config).batches([1, 2])
-    margins = margins_of(head, bank, source, config)
+def test_the_loss_of_all_heads_is_the_sum_of_their_losses(head, bank, pseudo):
+    source = replace(pseudo, config=CONFIG).batches([1, 2])
+    margins = margins_of(head, bank, source, CONFIG)
     heads = {mode: HeadStack(head, 2) for mode in MODES}
     with torch.no_grad():
         for stack in heads.values():  # away from the start
@@ -240,18 +238,31 @@ def test_the_loss_of_all_heads_is_the_sum_of_their_losses(head, bank, pseudo, an
                 leaf += 0.01 * (k + 1)
     rows = torch.arange(12).view(2, 6)
     made = next(iter(source.of_epoch(0, COUNT)))
-    found = total_loss(heads, bank.train[rows], bank.train_labels[rows], made, margins, config)
-    expected, start = 0, dict(head.named_parameters())
+    found = total_loss(heads, bank.train[rows], bank.train_labels[rows], made, margins, CONFIG)
+    expected = 0
     for mode, stack in heads.items():
         for s in range(2):
             own = stack.copy(s)
             ind, pseudo_logits = (functional_call(head, own, (part,)) for part in (bank.train[rows[s]], made[s]))
             of_seed = energy_loss if mode == "CMG-energy" else ALL_MODES[mode].loss
             expected += of_seed(
-                ind, bank.train_labels[rows[s]], pseudo_logits, type(margins)(*(m[s] for m in margins)), config
+                ind, bank.train_labels[rows[s]], pseudo_logits, type(margins)(*(m[s] for m in margins)), CONFIG
             )
-            expected += anchor * sum((own[name] - start[name]).square().sum() for name in own)
     torch.testing.assert_close(found, expected)
+
+
+def test_the_anchor_s_gradient_is_that_of_the_squared_distance(head):
+    stack, start = HeadStack(head, 2), {name: p.detach() for name, p in head.named_parameters()}
+    with torch.no_grad():
+        for leaf in stack.leaves.values():  # away from the start
+            leaf += torch.randn(leaf.shape, generator=torch.Generator().manual_seed(1))
+    distance = sum((parameter - start[name]).square().sum() for name, parameter in stack.parameters.items())
+    expected = torch.autograd.grad(0.5 * distance, list(stack.leaves.values()))
+    for leaf in stack.leaves.values():
+        leaf.grad = torch.ones_like(leaf)
+    stack.pull(0.5)
+    for leaf, gradient in zip(stack.leaves.values(), expected, strict=True):
+        torch.testing.assert_close(leaf.grad, 1 + gradient)
 
 
 def test_a_seed_beside_others_equals_the_seed_alone(head, bank, pseudo):
