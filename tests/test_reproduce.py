@@ -798,11 +798,13 @@ def test_heads_that_stayed_as_they_were_are_reported(reproduced, tmp_path):
         del one["curve"][1:]
     about = {"task": "same_dataset_digits", "command": "python -m reproduce", "environment": {}}
     about |= {"wall_seconds": 1.0, "job_seconds": 1.0, "done": 2, "jobs": 2}
-    report.write_report(tmp_path, about, [tuned, left], "First.", None, None)
+    printed = report.write_report(tmp_path, about, [tuned, left], "First.", None, None)
     table, text = json.loads((tmp_path / "table.json").read_text()), (tmp_path / "table.md").read_text()
     assert table["unchanged"] == [{"partition": "partition1", "seed": 2, "reason": "its energy detects 1.0 %"}]
     said = "The head stays as it was in 1 of 2 results: its energy detects 1.0 %"
-    assert f"\n{said}\n" in text and said in (tmp_path / "report.html").read_text()
+    assert (
+        printed.endswith(f" |\n\n{said}") and f"\n{said}\n" in text and said in (tmp_path / "report.html").read_text()
+    )
     name = tuned.content["detection"][0]["ood_dataset"]
     ends = [one.content["runs"][0]["curve"][-1]["auroc"][name] for one in (tuned, left)]
     over_steps = [row for row in table["steps"] if row["method"] == "CMG-energy"]
