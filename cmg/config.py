@@ -180,6 +180,15 @@ RECIPES: dict[str | None, dict[str, object]] = {
         "least_explained": 0.75,
         "least_detected": 0.2,
     },
+    "balanced": {
+        "space": "features",
+        "mode": ["CMG-energy"],
+        "pairs": "distinct",
+        "max_confidence": 0.9,
+        "scored_head": "average",
+        "interpolation": 0.75,
+        "least_explained": 0.75,
+    },
 }
 
 

@@ -52,6 +52,10 @@ def rows(path: str) -> list[dict]:
     [
         ("steady", {"pairs": "distinct", "anchor": 0.01, "interpolation": 0.75}),
         ("cautious", {"pairs": "distinct", "max_confidence": 0.9, "scored_head": "average"}),
+        (
+            "balanced",
+            {"pairs": "distinct", "max_confidence": 0.9, "scored_head": "average", "interpolation": 0.75},
+        ),
     ],
 )
 def test_a_recipe_is_its_options_written_out(place, capsys, recipe, fixed):
