@@ -193,7 +193,7 @@ class HeadStack:
     @torch.no_grad()
     def pull(self, strength: float) -> None:
         """Add to the gradients that of `strength` times each copy's squared distance from the start. To have it from
-        `backward` took as long as the rest of a step."""
+        `backward` took nearly as long as the rest of a step."""
         for name, leaf in self.leaves.items():
             leaf.grad += 2 * strength * (leaf - self.start[name])
 

@@ -70,11 +70,7 @@ def write_report(
         "ind": ind,
         "differences": compared,
         "left_out": left_out(contents),
-        "unchanged": [
-            {"partition": one.partition, "seed": one.seed, "reason": reason}
-            for one in results
-            if (reason := one.content.get("unchanged"))
-        ],
+        "unchanged": tables.unchanged(results),
         "steps": steps,
         "rows": rows,
     }

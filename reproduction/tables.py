@@ -151,6 +151,15 @@ def differences(results: Sequence[JobResult], summary: Sequence[dict]) -> list[d
     return found
 
 
+def unchanged(results: Sequence[JobResult]) -> list[dict]:
+    """The jobs whose heads stayed as they were, and why."""
+    return [
+        {"partition": one.partition, "seed": one.seed, "reason": reason}
+        for one in results
+        if (reason := one.content.get("unchanged"))
+    ]
+
+
 def at_all_steps(runs: Sequence[dict]) -> list[dict]:
     """The runs, where some head was tuned: one that stayed as it was, and was evaluated once, is the same at all steps
     at which the first of the others was evaluated."""
