@@ -82,6 +82,20 @@ class FineTuneConfig:
         type=number(float, above=0, most=1),
         needs=FINE_TUNING,
     )
+    min_energy: float = option(
+        0.0,
+        help="Leave out pseudo-OOD images whose energy before fine-tuning is below that of this share of the IND "
+        "training images: they look more like IND images than those",
+        type=number(float, least=0, below=1),
+        needs=FINE_TUNING,
+    )
+    residuals: float = option(
+        0.0,
+        help="To each pseudo-OOD feature add this times what the CVAE of features leaves unexplained of a random IND "
+        "training image",
+        type=number(float, least=0),
+        needs={"tune": ("head",)},
+    )
     pseudo_batch_size: int | None = option(
         None,
         help="Pseudo-OOD images in a step",

@@ -12,6 +12,7 @@ from torch import Tensor
 from cli.progress import Progress
 from cmg.config import FineTuneConfig
 from cmg.mixing import MIXINGS, mix_embeddings
+from cmg.scores import energy
 from models.inference import CHUNK, in_chunks
 from models.vae import ClassConditionalVAE
 from utils import autocast, check_memory, generator
@@ -24,12 +25,14 @@ class Codes(NamedTuple):
         noise: [N, z_dim], standard normal.
         first, second: [N], the two classes.
         weight: [N, z_dim], of the first class in each dimension of the embedding: 0 or 1 in the method.
+        image: [N], uniform in [0, 1): how far on among the IND training images is the one whose residual is added.
     """
 
     noise: Tensor
     first: Tensor
     second: Tensor
     weight: Tensor
+    image: Tensor
 
     def to(self, device: torch.device) -> Codes:
         return Codes(*(field.to(device, non_blocking=True) for field in self))
@@ -46,7 +49,9 @@ def draw_codes(count: int, z_dim: int, config: FineTuneConfig, generator: torch.
         second = (first + torch.randint(1, config.num_ind, (count,), generator=generator)) % config.num_ind
     noise = torch.randn(count, z_dim, generator=generator)
     uniform = torch.rand(count, z_dim, generator=generator)
-    return Codes(noise, first, second, MIXINGS[config.mixing].weights(uniform, config.mixing_probability))
+    weight = MIXINGS[config.mixing].weights(uniform, config.mixing_probability)
+    image = torch.rand(count, generator=generator) if config.residuals else torch.zeros(count)
+    return Codes(noise, first, second, weight, image)
 
 
 def decode(vae: ClassConditionalVAE, codes: Codes, sigma: float) -> Tensor:
@@ -54,6 +59,18 @@ def decode(vae: ClassConditionalVAE, codes: Codes, sigma: float) -> Tensor:
     CVAE of features, features [N, F] of such images."""
     mixed = mix_embeddings(vae.embed(codes.first), vae.embed(codes.second), codes.weight)
     return vae.decode(sigma * codes.noise, mixed)
+
+
+class Known(NamedTuple):
+    """What pseudo-OOD images take from the IND training images.
+
+    Attributes:
+        energy: the energy before fine-tuning below which a share `config.min_energy` of them lies, [].
+        residuals: [N, F], what the CVAE of features leaves unexplained of theirs, or None without `config.residuals`.
+    """
+
+    energy: Tensor
+    residuals: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -64,7 +81,8 @@ class PseudoOOD:
         vae: in eval mode.
         features: images [B, C, S, S] in [0, 1] -> features [B, F], of the frozen extractor in eval mode.
         of_extracted: the same from what the extractor gives on, for a CVAE of features.
-        head: features [B, F] -> logits [B, classes] before fine-tuning, which `config.max_confidence` needs.
+        head: features [B, F] -> logits [B, classes] before fine-tuning, by which some are left out.
+        known: of the IND training images, which `config.min_energy` and `config.residuals` need.
     """
 
     vae: ClassConditionalVAE
@@ -72,6 +90,7 @@ class PseudoOOD:
     config: FineTuneConfig
     of_extracted: Callable[[Tensor], Tensor] = lambda extracted: extracted
     head: Callable[[Tensor], Tensor] | None = None
+    known: Known | None = None
 
     @property
     def device(self) -> torch.device:
@@ -79,34 +98,47 @@ class PseudoOOD:
 
     def draw(self, count: int, generator: torch.Generator) -> Codes:
         """The random numbers of `count` images. Raises `MemoryShortage` where there is no room for so many."""
-        needed = count * 4 * (4 + 3 * self.vae.z_dim)
+        needed = count * 4 * (5 + 3 * self.vae.z_dim)
         check_memory(needed, torch.device("cpu"), f"noise for {count:,} pseudo-OOD images")
         return draw_codes(count, self.vae.z_dim, self.config, generator)
 
     @torch.no_grad()
     def encode(self, codes: Codes, progress: Progress | None = None) -> Tensor:
-        """Features [N, F] of the images of N codes, some more than once where `config.max_confidence` leaves out
-        others. Raises `MemoryShortage` where there is no room for them."""
+        """Features [N, F] of the images of N codes, some more than once where others are left out. Raises
+        `MemoryShortage` where there is no room for them."""
         parts, chunk, count = [], CHUNK[self.device.type], len(codes.first)
         to_features = self.features if self.vae.makes == "images" else self.of_extracted
         with autocast(self.device, self.config.precision):
             for start in range(0, count, chunk):
-                made = decode(self.vae, codes.rows(start, start + chunk).to(self.device), self.config.sigma)
-                parts.append(to_features(made.float()).float())
+                part = codes.rows(start, start + chunk).to(self.device)
+                made = self.with_residuals(decode(self.vae, part, self.config.sigma).float(), part)
+                parts.append(to_features(made).float())
                 if start == 0:  # they will be there in parts, as one and among those of all seeds
                     needed = 3 * count * parts[0][0].nbytes
                     check_memory(needed, self.device, f"the features of {count:,} pseudo-OOD images")
                 if progress:
                     progress.advance(len(made))
-        return self.without_confident(torch.cat(parts))
+        return self.without_ind_like(torch.cat(parts))
 
-    def without_confident(self, features: Tensor) -> Tensor:
-        """[N, F] with the others in turn, or the least confident alone, in the place of those that the head before
-        fine-tuning gives one IND class with more than `config.max_confidence`."""
-        if self.config.max_confidence == 1:
+    def with_residuals(self, made: Tensor, codes: Codes) -> Tensor:
+        """What was decoded, off the manifold of what the CVAE can make, as real images are: with `config.residuals`
+        times what it leaves unexplained of an IND training image each."""
+        if not self.config.residuals:
+            return made
+        residuals = self.known.residuals
+        return made + self.config.residuals * residuals[(codes.image * len(residuals)).long()]
+
+    def without_ind_like(self, features: Tensor) -> Tensor:
+        """[N, F] with the others in turn in the place of those that the head before fine-tuning gives one IND class
+        with more than `config.max_confidence`, or an energy below that of a share `config.min_energy` of the IND
+        training images. Where that leaves none, the least confident or that of the highest energy alone is kept."""
+        if self.config.max_confidence == 1 and not self.config.min_energy:
             return features
-        confidence = in_chunks(self.head, features, "fp32")[:, : self.config.num_ind].softmax(1).amax(1)
+        logits = in_chunks(self.head, features, "fp32")[:, : self.config.num_ind]
+        confidence, energies = logits.softmax(1).amax(1), energy(logits)
         kept = (confidence <= max(self.config.max_confidence, confidence.min())).nonzero().flatten()
+        if self.config.min_energy:
+            kept = kept[energies[kept] >= torch.minimum(self.known.energy, energies[kept].max())]
         return features[kept[torch.arange(len(features), device=kept.device) % len(kept)]]
 
     def batches(self, seeds: Sequence[int]) -> FreshFeatures | PooledFeatures:

@@ -15,7 +15,8 @@ from cmg.config import JOINT, FineTuneConfig
 from cmg.data import FeatureBank, Stage2Data, load_data
 from cmg.engine import Run, fine_tune, head_logits
 from cmg.joint import train_jointly
-from cmg.pseudo_ood import PseudoOOD
+from cmg.losses import order_statistic
+from cmg.pseudo_ood import Known, PseudoOOD
 from cmg.results import Results, Scored, compare, pretrained_scores, run_scores
 from cmg.scores import energy_ind
 from datasets.datasetsHelper import Images
@@ -28,6 +29,7 @@ from models.main_model import MainModel
 from models.vae import ClassConditionalVAE
 from training.backbone import identity, prepare
 from training.networks import load_networks
+from training.train_cvae import reconstruct
 from training.train_feature_cvae import evaluate_feature_cvae
 from utils import generator
 
@@ -128,8 +130,19 @@ class Stage2:
     def source_for(self, bank: FeatureBank) -> tuple[PseudoOOD, str]:
         """The source of pseudo-OOD images, asked for no epochs where they would teach nothing, and the reason for that,
         or ""."""
-        reason, config = self.nothing_to_learn(bank), self.pseudo.config
-        return replace(self.pseudo, config=replace(config, epochs=0)) if reason else self.pseudo, reason
+        reason, pseudo = self.nothing_to_learn(bank), replace(self.pseudo, known=self.known(bank))
+        return replace(pseudo, config=replace(pseudo.config, epochs=0)) if reason else pseudo, reason
+
+    def known(self, bank: FeatureBank) -> Known | None:
+        """What pseudo-OOD images take from the IND training images, if anything."""
+        config, residuals = self.pseudo.config, None
+        if not (config.min_energy or config.residuals):
+            return None
+        if config.residuals:
+            explained, _ = reconstruct(self.pseudo.vae, Images(bank.train, bank.train_labels), config.precision)
+            residuals = bank.train - explained
+        logits = head_logits(self.head, dict(self.head.named_parameters()), bank.train)
+        return Known(order_statistic(energy_ind(logits, config.num_ind), config.min_energy), residuals)
 
     def nothing_to_learn(self, bank: FeatureBank) -> str:
         """Why the head should stay as it is, or "": the CVAE explains less of the IND training features than
@@ -204,11 +217,11 @@ def run_stage2(
     tune = "head" if config.tune == JOINT else config.tune
     split = split_model(for_inference(inputs.classifier), tune)
     stage2 = Stage2.of(split, inputs.cvae, config)
-    extracted = {} if inputs.data.ood else {PSEUDO: samples(inputs, config, seeds[0])}
     banks, key = {} if banks is None else banks, (tune, config.precision)
     if key not in banks:
         banks[key] = stage2.encode(inputs.data)
     bank = banks[key]
+    extracted = {} if inputs.data.ood else {PSEUDO: samples(inputs, config, seeds[0], stage2.known(bank))}
     with torch.no_grad():
         bank = replace(bank, ood=bank.ood | {name: split.of_extracted(part) for name, part in extracted.items()})
     compared, left_out = [], {}
@@ -225,8 +238,9 @@ def run_stage2(
 
 
 @torch.no_grad()
-def samples(inputs: Stage2Inputs, config: FineTuneConfig, seed: int) -> Tensor:
+def samples(inputs: Stage2Inputs, config: FineTuneConfig, seed: int, known: Known | None) -> Tensor:
     """What stands for OOD images where there are none: pseudo-OOD samples that fine-tuning does not see, as many as
     there are IND test images; the extractor's features of them, [N, F]."""
     pseudo = Stage2.of(split_model(for_inference(inputs.classifier), "head"), inputs.cvae, config).pseudo
+    pseudo = replace(pseudo, known=known)
     return pseudo.encode(pseudo.draw(len(inputs.data.test), generator(seed, "scored")))

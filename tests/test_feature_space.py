@@ -20,6 +20,7 @@ import figure.samples
 import reproduce
 import train
 from cmg.config import FineTuneConfig
+from cmg.data import FeatureBank
 from cmg.pseudo_ood import PseudoOOD, decode, draw_codes
 from cmg.stage2 import Stage2, split_model
 from datasets.datasetsHelper import Images
@@ -107,6 +108,26 @@ def test_what_is_made_does_not_pass_the_extractor(digits_classifier, vae, tune):
     if tune == "last-layer":
         expected = digits_classifier.classifier.hidden(expected)
     torch.testing.assert_close(stage2.pseudo.encode(codes), expected)
+
+
+def test_residuals_of_ind_training_images_are_added(digits_classifier, vae):
+    """Each pseudo-OOD feature gets that of one image, wherever a batch begins."""
+    draw = torch.Generator().manual_seed(1)
+    features, labels = torch.randn(50, 128, generator=draw), torch.arange(50) % 6
+    bank = FeatureBank(features, labels, features[:0], features[:6], labels[:6], {})
+    mean, _ = vae.encode(features)
+    residuals = features - vae.decode(mean, vae.embed(labels))
+    stage2 = Stage2.of(split_model(digits_classifier, "head"), vae, replace(CONFIG, residuals=4.0))
+    pseudo, _ = stage2.source_for(bank)
+    codes = pseudo.draw(2000, generator(1, "x"))
+    added = pseudo.encode(codes) - decode(vae, codes, 2.0)
+    distances = torch.cdist(added, 4 * residuals, compute_mode="donot_use_mm_for_euclid_dist")
+    distance, of = distances.min(1)
+    assert distance.max() < 1e-3 and sorted(of.unique().tolist()) == list(range(50))
+    assert torch.bincount(of).max() < 80  # of 40 expected
+    torch.testing.assert_close(pseudo.encode(codes.rows(700, 900)), pseudo.encode(codes)[700:900])
+    plain = draw_codes(2000, 32, CONFIG, generator(1, "x"))
+    assert all(torch.equal(*pair) for pair in zip(codes[:4], plain[:4], strict=True))
 
 
 def test_images_go_through_the_extractor_still(digits_classifier, digits_cvae):

@@ -129,6 +129,8 @@ def test_a_generator_whose_images_are_not_detected_leaves_the_head_alone(place, 
     [
         (["--recipe", "steady", "--space", "images"], "--recipe steady goes with --space features only"),
         (["--least-explained", "0.5"], "--least-explained goes with --space features only"),
+        (["--residuals", "4"], "--residuals goes with --space features only"),
+        (["--residuals", "4", "--space", "features", "--tune", "last-layer"], "--residuals goes with --tune head only"),
         (
             ["--recipe", "steady", "--tune", "last-layer"],
             "--recipe steady: --least-explained goes with --tune head only",
