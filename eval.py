@@ -93,8 +93,8 @@ def add_recipe_argument(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--recipe",
         choices=list(filter(None, RECIPES)),
-        help="Options that go together, beside which others count: balanced and, before it, cautious and steady, a "
-        "fine-tuning of which the last step can be taken, in feature space (docs/recipe.md; default: none, the method)",
+        help="Options that go together, beside which others count: unattended, a fine-tuning of which the last step "
+        "can be taken, in feature space (docs/recipe.md; default: none, the method)",
     )
 
 

@@ -150,14 +150,6 @@ class FineTuneConfig:
         type=number(float, least=0, most=1),
         needs={"tune": ("head",)},
     )
-    least_detected: float = option(
-        0.0,
-        help="Share of the pseudo-OOD images that the energy before fine-tuning must detect already, at the threshold "
-        "that 95 %% of the IND images pass (those that --val-fraction kept, or else those for training); below it the "
-        "head stays as it is",
-        type=number(float, least=0, most=1),
-        needs=FINE_TUNING,
-    )
     eval_every: int = option(
         100,
         "--eval-every",
@@ -174,31 +166,16 @@ class FineTuneConfig:
         return self.score or MODES[mode].score
 
 
-# Options of `eval` under one name, docs/recipe.md; none is the method. Each is frozen: its figures are reported.
+# Options of `eval` under one name, docs/recipe.md; none is the method. It is frozen: its figures are reported.
 RECIPES: dict[str | None, dict[str, object]] = {
     None: {"space": SPACES[0], "mode": ["all"]},
-    "steady": {
+    "unattended": {
         "space": "features",
         "mode": ["CMG-energy"],
         "pairs": "distinct",
-        "anchor": 0.01,
-        "interpolation": 0.75,
-        "least_explained": 0.75,
-    },
-    "cautious": {
-        "space": "features",
-        "mode": ["CMG-energy"],
-        "pairs": "distinct",
+        "residuals": 4.0,
         "max_confidence": 0.9,
-        "scored_head": "average",
-        "least_explained": 0.75,
-        "least_detected": 0.2,
-    },
-    "balanced": {
-        "space": "features",
-        "mode": ["CMG-energy"],
-        "pairs": "distinct",
-        "max_confidence": 0.9,
+        "min_energy": 0.9,
         "scored_head": "average",
         "interpolation": 0.75,
         "least_explained": 0.75,

@@ -21,7 +21,6 @@ from cmg.results import Results, Scored, compare, pretrained_scores, run_scores
 from cmg.scores import energy_ind
 from datasets.datasetsHelper import Images
 from datasets.tasks import Experiment
-from evaluation.metrics import acceptance_threshold
 from evaluation.report import PSEUDO
 from models.backbone import Backbone
 from models.inference import for_inference
@@ -33,7 +32,6 @@ from training.train_cvae import reconstruct
 from training.train_feature_cvae import evaluate_feature_cvae
 from utils import generator
 
-DETECTED_OF = 4096  # pseudo-OOD images among which those that are detected are counted
 TUNABLE = {"head": "classifier", "last-layer": "classifier.fc2"}  # what --tune names -> submodule of MainModel
 
 
@@ -146,7 +144,7 @@ class Stage2:
 
     def nothing_to_learn(self, bank: FeatureBank) -> str:
         """Why the head should stay as it is, or "": the CVAE explains less of the IND training features than
-        `least_explained`, or the head as it is detects less of what is made than `least_detected`."""
+        `least_explained`."""
         config = self.pseudo.config
         if config.least_explained:
             known = Images(bank.train, bank.train_labels)
@@ -156,26 +154,7 @@ class Stage2:
                     f"the generator explains less than {100 * config.least_explained:.0f} % of the variance of the IND "
                     "training features (--least-explained)"
                 )
-        if config.least_detected:
-            detected = self.detected(bank)
-            if detected < config.least_detected:
-                return (
-                    f"its energy detects {100 * detected:.1f} % of the pseudo-OOD images, less than "
-                    f"{100 * config.least_detected:g} % (--least-detected)"
-                )
         return ""
-
-    def detected(self, bank: FeatureBank) -> float:
-        """Share of pseudo-OOD images, confident ones too, whose energy under the head is above that of 95 % of the IND
-        images that were kept from both stages, or of the training images where none were."""
-        everything = replace(self.pseudo, config=replace(self.pseudo.config, max_confidence=1.0))
-        made = everything.encode(everything.draw(DETECTED_OF, generator(0, "detected")))
-        known = bank.validation if len(bank.validation) else bank.train
-        ind, pseudo = (
-            energy_ind(head_logits(self.head, dict(self.head.named_parameters()), part), self.pseudo.config.num_ind)
-            for part in (known, made)
-        )
-        return (pseudo > acceptance_threshold(ind)).float().mean().item()
 
     def results(
         self,

@@ -119,15 +119,15 @@ def test_a_variant_that_changes_something_else_is_refused(place, monkeypatch, ca
     assert run_ablations(f"--variant={variant}", "--output", "c.json") == 2
     changes = (
         "--sigma, --epochs, --batch-size, --lr, --mu, --margins, --mixing, --mixing-probability, --pairs, "
-        "--max-confidence, --pseudo-batch-size, --pseudo-pool, --loss-energy, --score, --tune, --anchor, "
-        "--interpolation, --scored-head, --least-explained, --least-detected, --eval-every"
+        "--max-confidence, --min-energy, --residuals, --pseudo-batch-size, --pseudo-pool, --loss-energy, --score, "
+        "--tune, --anchor, --interpolation, --scored-head, --least-explained, --eval-every"
     )
     message = f"--variant={variant!r}: {flag} is the same for all; a variant changes {changes}"
     assert capsys.readouterr().err == f"reproduction.ablations: error: {message}\n" and not Path("c.json").exists()
 
 
 @pytest.mark.parametrize(
-    "given", [["--baselines"], ["--recipe", "steady"], ["--save-scores", "x.npz"], ["--save-detector", "x.pt"]]
+    "given", [["--baselines"], ["--recipe", "unattended"], ["--save-scores", "x.npz"], ["--save-detector", "x.pt"]]
 )
 def test_what_eval_does_for_one_run_is_refused(place, monkeypatch, capsys, given):
     monkeypatch.chdir(place)
