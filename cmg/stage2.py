@@ -30,7 +30,7 @@ from training.backbone import identity, prepare
 from training.networks import load_networks
 from training.train_cvae import reconstruct
 from training.train_feature_cvae import evaluate_feature_cvae
-from utils import generator
+from utils import check_memory, generator
 
 TUNABLE = {"head": "classifier", "last-layer": "classifier.fc2"}  # what --tune names -> submodule of MainModel
 
@@ -132,11 +132,13 @@ class Stage2:
         return replace(pseudo, config=replace(pseudo.config, epochs=0)) if reason else pseudo, reason
 
     def known(self, bank: FeatureBank) -> Known | None:
-        """What pseudo-OOD images take from the IND training images, if anything."""
+        """What pseudo-OOD images take from the IND training images, if anything. Raises `MemoryShortage` where there is
+        no room for it."""
         config, residuals = self.pseudo.config, None
         if not (config.min_energy or config.residuals):
             return None
         if config.residuals:
+            check_memory(3 * bank.train.nbytes, bank.train.device, f"the residuals of {len(bank.train):,} IND images")
             explained, _ = reconstruct(self.pseudo.vae, Images(bank.train, bank.train_labels), config.precision)
             residuals = bank.train - explained
         logits = head_logits(self.head, dict(self.head.named_parameters()), bank.train)
