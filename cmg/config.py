@@ -84,8 +84,8 @@ class FineTuneConfig:
     )
     min_energy: float = option(
         0.0,
-        help="Leave out pseudo-OOD images whose energy before fine-tuning is below that of this share of the IND "
-        "training images: they look more like IND images than those",
+        help="Leave out pseudo-OOD images unless their energy before fine-tuning is above that of this share of the "
+        "IND training images",
         type=number(float, least=0, below=1),
         needs=FINE_TUNING,
     )

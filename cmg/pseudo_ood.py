@@ -130,8 +130,8 @@ class PseudoOOD:
 
     def without_ind_like(self, features: Tensor) -> Tensor:
         """[N, F] with the others in turn in the place of those that the head before fine-tuning gives one IND class
-        with more than `config.max_confidence`, or an energy below that of a share `config.min_energy` of the IND
-        training images. Where that leaves none, the least confident or that of the highest energy alone is kept."""
+        with more than `config.max_confidence`, or whose energy is not above that of a share `config.min_energy` of the
+        IND training images. Where that leaves none, the least confident or that of the highest energy alone is kept."""
         if self.config.max_confidence == 1 and not self.config.min_energy:
             return features
         logits = in_chunks(self.head, features, "fp32")[:, : self.config.num_ind]

@@ -132,12 +132,18 @@ class Stage2:
         return replace(pseudo, config=replace(pseudo.config, epochs=0)) if reason else pseudo, reason
 
     def known(self, bank: FeatureBank) -> Known | None:
-        """What pseudo-OOD images take from the IND training images, if anything. Raises `MemoryShortage` where there is
-        no room for it."""
+        """What pseudo-OOD images take from the IND training images, if anything.
+
+        Raises:
+            MemoryShortage: there is no room for it.
+            ValueError: `config.residuals` without a CVAE of the features that are tuned on.
+        """
         config, residuals = self.pseudo.config, None
         if not (config.min_energy or config.residuals):
             return None
         if config.residuals:
+            if self.pseudo.vae.makes != "features" or config.tune != "head":
+                raise ValueError("config.residuals needs a CVAE of features, and config.tune head")
             check_memory(3 * bank.train.nbytes, bank.train.device, f"the residuals of {len(bank.train):,} IND images")
             explained, _ = reconstruct(self.pseudo.vae, Images(bank.train, bank.train_labels), config.precision)
             residuals = bank.train - explained

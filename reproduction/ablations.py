@@ -27,7 +27,7 @@ from cli.options import (
     refuse_idle_options,
     split_options,
 )
-from cmg.config import JOINT, FineTuneConfig, Request, with_recipe
+from cmg.config import FineTuneConfig, Request, with_recipe
 
 VARIANTS = (
     "",
@@ -102,10 +102,10 @@ def variant_options(args: argparse.Namespace, variant: str, request: Request) ->
         if name not in fields and value != getattr(args, name):
             changeable = ", ".join(flag(field, fields) for field in fields)
             raise UserError(f"{where}: {flag(name)} is the same for all; a variant changes {changeable}")
-    if options.tune == JOINT:  # there is nothing then that these options of all variants are about
-        for name, needs in needs_of(FineTuneConfig).items():
-            if "tune" in needs:
-                setattr(options, name, getattr(own, name))
+    tune = options.tune or FineTuneConfig.tune
+    for name, needs in needs_of(FineTuneConfig).items():
+        if tune not in needs.get("tune", (tune,)):  # there is nothing then that this option of all variants is about
+            setattr(options, name, getattr(own, name))
     eval.check_fine_tuning(options, request.experiment, request.ood_names)
     own = with_recipe(own)
     own.tune = options.tune  # beside which the variant's own options must count

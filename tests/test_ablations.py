@@ -151,3 +151,13 @@ def test_every_variant_is_taken_whatever_all_have(given, variant):
     assert config.tune == (variant.split()[1] if "--tune" in variant else "head") and config.num_ind == 6
     pool = 12 if "--pseudo-pool" in given else TASKS["same_dataset_digits"].fine_tuning["pseudo_pool"]
     assert config.pseudo_pool == (0 if config.tune == "joint" else pool)
+
+
+def test_an_option_of_all_variants_is_left_out_where_it_is_about_nothing():
+    argv = ["--device", "cpu", "--space", "features", "--residuals", "4", "--least-explained", "0.5"]
+    args = ablations.get_parser().parse_args(argv)
+    args.argv = argv
+    request = eval.read_arguments(args)
+    whole, last = (ablations.variant_options(args, variant, request) for variant in ("", "--tune last-layer"))
+    assert (whole["residuals"], whole["least_explained"]) == (4, 0.5)
+    assert not {"residuals", "least_explained"} & set(last) and last["tune"] == "last-layer"

@@ -130,6 +130,15 @@ def test_residuals_of_ind_training_images_are_added(digits_classifier, vae):
     assert all(torch.equal(*pair) for pair in zip(codes[:4], plain[:4], strict=True))
 
 
+@pytest.mark.parametrize("tune", ["head", "last-layer"])
+def test_residuals_need_a_cvae_of_the_features_that_are_tuned_on(digits_classifier, digits_cvae, vae, tune):
+    bank = FeatureBank(torch.zeros(5, 128), torch.arange(5), *[torch.empty(0)] * 3, {})
+    config = replace(CONFIG, residuals=4.0, tune=tune)
+    stage2 = Stage2.of(split_model(digits_classifier, tune), digits_cvae if tune == "head" else vae, config)
+    with pytest.raises(ValueError, match=r"^config\.residuals needs a CVAE of features, and config\.tune head$"):
+        stage2.known(bank)
+
+
 def test_images_go_through_the_extractor_still(digits_classifier, digits_cvae):
     pseudo = PseudoOOD(digits_cvae, digits_classifier.features, CONFIG)
     codes = draw_codes(5, 32, CONFIG, generator(1, "x"))
