@@ -61,6 +61,8 @@ OTHER_LINES = (
     {"color": "#cc79a7", "linestyle": ":", "marker": "D"},
     {"color": "#56b4e9", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "v"},
     {"color": "#e69f00", "linestyle": (0, (1, 1)), "marker": "P"},
+    {"color": "#000000", "linestyle": (0, (6, 2)), "marker": "X"},
+    {"color": "#f0e442", "linestyle": (0, (3, 1, 1, 1)), "marker": "*"},
 )
 KINDS = (  # of images, in the order of `score_histograms`
     {"color": "#009e73", "linestyle": "-"},

@@ -308,10 +308,11 @@ def test_a_sweep_shows_mean_and_deviation_and_the_methods_own_value():
 
 
 def test_known_modes_keep_their_look_and_no_two_look_alike():
-    styles = figure_style.line_styles(["a", "CMG-softmax", "b", "c", "CMG-energy", "d"])
+    styles = figure_style.line_styles(["a", "CMG-softmax", "b", "c", "CMG-energy", "d", "e", "f"])
+    assert len(styles) == plots.CROWDED + 2  # also where none of the most that are drawn is a mode of the method
     assert styles["CMG-softmax"] == figure_style.line_styles(["CMG-softmax"])["CMG-softmax"]
     for property in ("color", "linestyle", "marker"):
-        assert len({style[property] for style in styles.values()}) == 6
+        assert len({style[property] for style in styles.values()}) == 8
 
 
 def test_names_are_spread_without_crossing():
