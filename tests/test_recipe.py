@@ -48,7 +48,7 @@ def rows(path: str) -> list[dict]:
 
 def test_a_recipe_is_its_options_written_out(place, capsys):
     recipe, least = "unattended", {"least_explained": 0.75}
-    fixed = {"pairs": "distinct", "residuals": 4.0, "max_confidence": 0.9, "min_energy": 0.9}
+    fixed = {"pairs": "distinct", "residuals": 6.0, "max_confidence": 0.9}
     fixed |= {"scored_head": "average", "interpolation": 0.75}
     assert RECIPES[recipe] == {"space": "features", "mode": ["CMG-energy"]} | fixed | least
     learn = [word for name in least for word in (f"--{name.replace('_', '-')}", "0")]
@@ -73,9 +73,9 @@ def test_what_is_given_beside_a_recipe_counts(place, capsys):
 def test_a_name_tells_the_recipe(place, capsys):
     name = "same_dataset_digits_partition1_CMG-energy_seed1_space-features_epochs-3{}_recipe-unattended.json"
     assert run(evaluate, *SHORT, "--recipe", "unattended") == 0
-    assert run(evaluate, *SHORT, "--recipe", "unattended", "--min-energy", 0) == 0  # the method's, not the recipe's
+    assert run(evaluate, *SHORT, "--recipe", "unattended", "--residuals", 0) == 0  # the method's, not the recipe's
     found = {path.name for path in Path("results").iterdir()}
-    assert found == {name.format(""), name.format("_min_energy-0.0")}
+    assert found == {name.format(""), name.format("_residuals-0.0")}
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_reproduce_takes_it_in_its_space_and_modes(tmp_path, monkeypatch, capsys
     assert run(reproduce, *argv) == 0
     folder = Path("results/same_dataset_digits_features_unattended")
     found = json.loads((folder / "partition2_seed1" / "eval.json").read_text())
-    assert found["config"]["residuals"] == 4.0 and "explained" in found["generator"]
+    assert found["config"]["residuals"] == 6.0 and "explained" in found["generator"]
     assert {row["method"] for row in found["detection"]} == {"MSP", "energy", "CMG-energy"}
     assert "--eval-args: no --recipe here: give --recipe to reproduce itself" in error_of(
         capsys, reproduce, "--eval-args=--recipe unattended"
