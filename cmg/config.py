@@ -82,13 +82,6 @@ class FineTuneConfig:
         type=number(float, above=0, most=1),
         needs=FINE_TUNING,
     )
-    min_energy: float = option(
-        0.0,
-        help="Leave out pseudo-OOD images unless their energy before fine-tuning is above that of this share of the "
-        "IND training images",
-        type=number(float, least=0, below=1),
-        needs=FINE_TUNING,
-    )
     residuals: float = option(
         0.0,
         help="To each pseudo-OOD feature add this times what the CVAE of features leaves unexplained of a random IND "

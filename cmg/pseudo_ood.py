@@ -12,7 +12,6 @@ from torch import Tensor
 from cli.progress import Progress
 from cmg.config import FineTuneConfig
 from cmg.mixing import MIXINGS, mix_embeddings
-from cmg.scores import energy
 from models.inference import CHUNK, in_chunks
 from models.vae import ClassConditionalVAE
 from utils import autocast, check_memory, generator
@@ -61,18 +60,6 @@ def decode(vae: ClassConditionalVAE, codes: Codes, sigma: float) -> Tensor:
     return vae.decode(sigma * codes.noise, mixed)
 
 
-class Known(NamedTuple):
-    """What pseudo-OOD images take from the IND training images.
-
-    Attributes:
-        energy: the energy before fine-tuning below which a share `config.min_energy` of them lies, [].
-        residuals: [N, F], what the CVAE of features leaves unexplained of theirs, or None without `config.residuals`.
-    """
-
-    energy: Tensor
-    residuals: Tensor | None
-
-
 @dataclass(frozen=True)
 class PseudoOOD:
     """Makes the features of pseudo-OOD images, as `config` asks for them.
@@ -82,7 +69,8 @@ class PseudoOOD:
         features: images [B, C, S, S] in [0, 1] -> features [B, F], of the frozen extractor in eval mode.
         of_extracted: the same from what the extractor gives on, for a CVAE of features.
         head: features [B, F] -> logits [B, classes] before fine-tuning, by which some are left out.
-        known: of the IND training images, which `config.min_energy` and `config.residuals` need.
+        residuals: [N, F], what the CVAE of features leaves unexplained of the IND training images, which
+            `config.residuals` needs.
     """
 
     vae: ClassConditionalVAE
@@ -90,7 +78,7 @@ class PseudoOOD:
     config: FineTuneConfig
     of_extracted: Callable[[Tensor], Tensor] = lambda extracted: extracted
     head: Callable[[Tensor], Tensor] | None = None
-    known: Known | None = None
+    residuals: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -125,20 +113,17 @@ class PseudoOOD:
         times what it leaves unexplained of an IND training image each."""
         if not self.config.residuals:
             return made
-        residuals = self.known.residuals
-        return made + self.config.residuals * residuals[(codes.image * len(residuals)).long()]
+        rows = (codes.image * len(self.residuals)).long()
+        return made + self.config.residuals * self.residuals[rows]
 
     def without_ind_like(self, features: Tensor) -> Tensor:
         """[N, F] with the others in turn in the place of those that the head before fine-tuning gives one IND class
-        with more than `config.max_confidence`, or whose energy is not above that of a share `config.min_energy` of the
-        IND training images. Where that leaves none, the least confident or that of the highest energy alone is kept."""
-        if self.config.max_confidence == 1 and not self.config.min_energy:
+        with more than `config.max_confidence`; where it does so with all, the least confident alone is kept."""
+        if self.config.max_confidence == 1:
             return features
         logits = in_chunks(self.head, features, "fp32")[:, : self.config.num_ind]
-        confidence, energies = logits.softmax(1).amax(1), energy(logits)
+        confidence = logits.softmax(1).amax(1)
         kept = (confidence <= max(self.config.max_confidence, confidence.min())).nonzero().flatten()
-        if self.config.min_energy:
-            kept = kept[energies[kept] >= torch.minimum(self.known.energy, energies[kept].max())]
         return features[kept[torch.arange(len(features), device=kept.device) % len(kept)]]
 
     def batches(self, seeds: Sequence[int]) -> FreshFeatures | PooledFeatures:

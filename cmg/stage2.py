@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from cli.errors import UserError
 from cmg.config import JOINT, FineTuneConfig
 from cmg.data import FeatureBank, Stage2Data, load_data
-from cmg.engine import Run, fine_tune, head_logits
+from cmg.engine import Run, fine_tune
 from cmg.joint import train_jointly
-from cmg.losses import order_statistic
-from cmg.pseudo_ood import Known, PseudoOOD
+from cmg.pseudo_ood import PseudoOOD
 from cmg.results import Results, Scored, compare, pretrained_scores, run_scores
-from cmg.scores import energy_ind
 from datasets.datasetsHelper import Images
 from datasets.tasks import Experiment
 from evaluation.report import PSEUDO
@@ -29,7 +27,7 @@ from models.vae import ClassConditionalVAE
 from training.backbone import identity, prepare
 from training.networks import load_networks
 from training.train_cvae import reconstruct
-from training.train_feature_cvae import evaluate_feature_cvae
+from training.train_feature_cvae import share_explained
 from utils import check_memory, generator
 
 TUNABLE = {"head": "classifier", "last-layer": "classifier.fc2"}  # what --tune names -> submodule of MainModel
@@ -126,43 +124,26 @@ class Stage2:
         return fine_tune(self.head, bank, self.source_for(bank)[0], modes, seeds, show_progress)
 
     def source_for(self, bank: FeatureBank) -> tuple[PseudoOOD, str]:
-        """The source of pseudo-OOD images, asked for no epochs where they would teach nothing, and the reason for that,
-        or ""."""
-        reason, pseudo = self.nothing_to_learn(bank), replace(self.pseudo, known=self.known(bank))
-        return replace(pseudo, config=replace(pseudo.config, epochs=0)) if reason else pseudo, reason
-
-    def known(self, bank: FeatureBank) -> Known | None:
-        """What pseudo-OOD images take from the IND training images, if anything.
+        """The source of pseudo-OOD images with the residuals that it needs, and "". Or where the CVAE explains less of
+        the IND training features than `least_explained`, so that its images would teach nothing: the same asked for no
+        epochs, and the reason.
 
         Raises:
-            MemoryShortage: there is no room for it.
-            ValueError: `config.residuals` without a CVAE of the features that are tuned on.
+            MemoryShortage: there is no room for the residuals.
+            ValueError: `config.residuals` or `least_explained` without a CVAE of the features that are tuned on.
         """
-        config, residuals = self.pseudo.config, None
-        if not (config.min_energy or config.residuals):
-            return None
-        if config.residuals:
-            if self.pseudo.vae.makes != "features" or config.tune != "head":
-                raise ValueError("config.residuals needs a CVAE of features, and config.tune head")
-            check_memory(3 * bank.train.nbytes, bank.train.device, f"the residuals of {len(bank.train):,} IND images")
-            explained, _ = reconstruct(self.pseudo.vae, Images(bank.train, bank.train_labels), config.precision)
-            residuals = bank.train - explained
-        logits = head_logits(self.head, dict(self.head.named_parameters()), bank.train)
-        return Known(order_statistic(energy_ind(logits, config.num_ind), config.min_energy), residuals)
-
-    def nothing_to_learn(self, bank: FeatureBank) -> str:
-        """Why the head should stay as it is, or "": the CVAE explains less of the IND training features than
-        `least_explained`."""
-        config = self.pseudo.config
-        if config.least_explained:
-            known = Images(bank.train, bank.train_labels)
-            explained = evaluate_feature_cvae(self.pseudo.vae, known, config.num_ind, config.precision)["explained"]
-            if explained < config.least_explained:
-                return (
-                    f"the generator explains less than {100 * config.least_explained:.0f} % of the variance of the IND "
-                    "training features (--least-explained)"
-                )
-        return ""
+        pseudo, config = self.pseudo, self.pseudo.config
+        if not (config.residuals or config.least_explained):
+            return pseudo, ""
+        if pseudo.vae.makes != "features" or config.tune != "head":
+            raise ValueError("residuals and least_explained need a CVAE of features, and tune head")
+        check_memory(3 * bank.train.nbytes, bank.train.device, f"the residuals of {len(bank.train):,} IND images")
+        made, _ = reconstruct(pseudo.vae, Images(bank.train, bank.train_labels), config.precision)
+        pseudo, least = replace(pseudo, residuals=bank.train - made), config.least_explained
+        if not least or share_explained(pseudo.vae, bank.train, made) >= least:
+            return pseudo, ""
+        reason = f"the generator explains less than {100 * least:.0f} % of the variance of the IND training features"
+        return replace(pseudo, config=replace(config, epochs=0)), f"{reason} (--least-explained)"
 
     def results(
         self,
@@ -208,7 +189,7 @@ def run_stage2(
     if key not in banks:
         banks[key] = stage2.encode(inputs.data)
     bank = banks[key]
-    extracted = {} if inputs.data.ood else {PSEUDO: samples(inputs, config, seeds[0], stage2.known(bank))}
+    extracted = {} if inputs.data.ood else {PSEUDO: samples(inputs, config, seeds[0], bank)}
     with torch.no_grad():
         bank = replace(bank, ood=bank.ood | {name: split.of_extracted(part) for name, part in extracted.items()})
     compared, left_out = [], {}
@@ -225,9 +206,9 @@ def run_stage2(
 
 
 @torch.no_grad()
-def samples(inputs: Stage2Inputs, config: FineTuneConfig, seed: int, known: Known | None) -> Tensor:
+def samples(inputs: Stage2Inputs, config: FineTuneConfig, seed: int, bank: FeatureBank) -> Tensor:
     """What stands for OOD images where there are none: pseudo-OOD samples that fine-tuning does not see, as many as
     there are IND test images; the extractor's features of them, [N, F]."""
-    pseudo = Stage2.of(split_model(for_inference(inputs.classifier), "head"), inputs.cvae, config).pseudo
-    pseudo = replace(pseudo, known=known)
+    split = split_model(for_inference(inputs.classifier), "head")
+    pseudo, _ = Stage2.of(split, inputs.cvae, config).source_for(bank)
     return pseudo.encode(pseudo.draw(len(inputs.data.test), generator(seed, "scored")))

@@ -119,7 +119,7 @@ def test_a_variant_that_changes_something_else_is_refused(place, monkeypatch, ca
     assert run_ablations(f"--variant={variant}", "--output", "c.json") == 2
     changes = (
         "--sigma, --epochs, --batch-size, --lr, --mu, --margins, --mixing, --mixing-probability, --pairs, "
-        "--max-confidence, --min-energy, --residuals, --pseudo-batch-size, --pseudo-pool, --loss-energy, --score, "
+        "--max-confidence, --residuals, --pseudo-batch-size, --pseudo-pool, --loss-energy, --score, "
         "--tune, --anchor, --interpolation, --scored-head, --least-explained, --eval-every"
     )
     message = f"--variant={variant!r}: {flag} is the same for all; a variant changes {changes}"

@@ -315,7 +315,7 @@ def test_own_images_through_training_and_evaluation(tmp_path, monkeypatch, capsy
     features = [*data, "--space", "features"]
     assert run(train, *features, "--command", "train_cvae", "--epochs", 1, "--precision", "fp32") == 0
     for argv in ([*data, "--tune", "last-layer"], [*features, "--residuals", 1, "--mode", "CMG-energy"]):
-        assert run(evaluate, *argv, "--min-energy", 0.5, "--epochs", 1, "--output", "none.json") == 0
+        assert run(evaluate, *argv, "--max-confidence", 0.5, "--epochs", 1, "--output", "none.json") == 0
         assert f"\n{NO_OOD}\n" in capsys.readouterr().out
         assert {row["ood_dataset"] for row in json.loads((tmp_path / "none.json").read_text())["detection"]} == {PSEUDO}
     assert run(ablations, *data, "--epochs", 1, "--variant=--tune joint") == 2

@@ -131,12 +131,13 @@ def test_residuals_of_ind_training_images_are_added(digits_classifier, vae):
 
 
 @pytest.mark.parametrize("tune", ["head", "last-layer"])
-def test_residuals_need_a_cvae_of_the_features_that_are_tuned_on(digits_classifier, digits_cvae, vae, tune):
+@pytest.mark.parametrize("asked", [{"residuals": 4.0}, {"least_explained": 0.5}], ids=str)
+def test_residuals_need_a_cvae_of_the_features_that_are_tuned_on(digits_classifier, digits_cvae, vae, tune, asked):
     bank = FeatureBank(torch.zeros(5, 128), torch.arange(5), *[torch.empty(0)] * 3, {})
-    config = replace(CONFIG, residuals=4.0, tune=tune)
+    config = replace(CONFIG, tune=tune, **asked)
     stage2 = Stage2.of(split_model(digits_classifier, tune), digits_cvae if tune == "head" else vae, config)
-    with pytest.raises(ValueError, match=r"^config\.residuals needs a CVAE of features, and config\.tune head$"):
-        stage2.known(bank)
+    with pytest.raises(ValueError, match=r"^residuals and least_explained need a CVAE of features, and tune head$"):
+        stage2.source_for(bank)
 
 
 def test_images_go_through_the_extractor_still(digits_classifier, digits_cvae):

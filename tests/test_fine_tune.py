@@ -16,7 +16,7 @@ from cmg.data import FeatureBank, Stage2Data
 from cmg.engine import HeadStack, fine_tune, margins_of, total_loss
 from cmg.losses import MODES as ALL_MODES
 from cmg.losses import energy_loss
-from cmg.pseudo_ood import FreshFeatures, Known, PooledFeatures, PseudoOOD, decode, draw_codes
+from cmg.pseudo_ood import FreshFeatures, PooledFeatures, PseudoOOD, decode, draw_codes
 from cmg.reference import reference
 from cmg.results import Results, run_scores
 from cmg.scores import SCORES
@@ -179,50 +179,6 @@ def test_stage_2_leaves_out_what_its_classifier_is_confident_of(digits_classifie
     limit = of_all.median().item()
     found = confidences(limit)
     assert len(found) == 40 and found.max() <= limit + 1e-6 < of_all.max()
-
-
-def test_pseudo_ood_images_of_low_energy_are_replaced_by_the_others_in_turn(pseudo, head):
-    pseudo = replace(pseudo, head=head, config=replace(CONFIG, min_energy=0.3))
-    codes = pseudo.draw(40, generator(1, "pool"))
-    everything = replace(pseudo, config=CONFIG).encode(codes)
-    energies = energies_of(head, everything)
-    threshold = energies.sort().values[12]
-    expected = everything[energies >= threshold]
-    assert len(expected) == 28
-    found = replace(pseudo, known=Known(threshold, None)).encode(codes)
-    torch.testing.assert_close(found, torch.cat([expected, expected[:12]]), rtol=0, atol=0)
-    none_passes = replace(pseudo, known=Known(energies.max() + 1, None)).encode(codes)
-    assert torch.equal(none_passes, everything[energies.argmax()].expand(40, -1))
-
-
-def test_both_filters_leave_what_passes_both(pseudo, head):
-    codes = pseudo.draw(40, generator(1, "pool"))
-    everything = replace(pseudo, head=head).encode(codes)
-    with torch.no_grad():
-        confidence, energies = head(everything)[:, :6].softmax(1).amax(1), energies_of(head, everything)
-    limit, threshold = confidence.median(), energies.median()
-    expected = everything[(confidence <= limit) & (energies >= threshold)]
-    assert 0 < len(expected) < 20
-    config = replace(CONFIG, max_confidence=limit.item(), min_energy=0.5)
-    found = replace(pseudo, head=head, config=config, known=Known(threshold, None)).encode(codes)
-    assert torch.equal(found[: len(expected)], expected)
-
-
-def energies_of(head, features):
-    with torch.no_grad():
-        return -head(features)[:, :6].exp().sum(1).log()
-
-
-def test_stage_2_takes_the_least_energy_from_the_ind_training_images(digits_classifier, digits_cvae):
-    stage2 = Stage2.of(split_model(digits_classifier, "head"), digits_cvae, replace(CONFIG, min_energy=0.3))
-    features = torch.randn(COUNT, 128, generator=torch.Generator().manual_seed(1))
-    bank = FeatureBank(features, torch.arange(COUNT) % 6, features[:0], features[:6], torch.arange(6), {})
-    energies = energies_of(digits_classifier.classifier, features)
-    source, reason = stage2.source_for(bank)
-    assert source.known.energy.item() == pytest.approx(energies.sort().values[21].item(), abs=1e-5)  # 21 of 70 below
-    assert source.known.residuals is None and not reason
-    method = Stage2.of(split_model(digits_classifier, "head"), digits_cvae, CONFIG)
-    assert method.source_for(bank)[0].known is None
 
 
 @pytest.mark.parametrize("mixing", ["bernoulli", "mixup", "none"])
