@@ -139,7 +139,9 @@ class Stage2:
             raise ValueError("residuals and least_explained need a CVAE of features, and tune head")
         check_memory(3 * bank.train.nbytes, bank.train.device, f"the residuals of {len(bank.train):,} IND images")
         made, _ = reconstruct(pseudo.vae, Images(bank.train, bank.train_labels), config.precision)
-        pseudo, least = replace(pseudo, residuals=bank.train - made if config.residuals else None), config.least_explained
+        if config.residuals:
+            pseudo = replace(pseudo, residuals=bank.train - made)
+        least = config.least_explained
         if not least or share_explained(pseudo.vae, bank.train, made) >= least:
             return pseudo, ""
         reason = f"the generator explains less than {100 * least:.0f} % of the variance of the IND training features"
