@@ -106,7 +106,7 @@ class PseudoOOD:
                     check_memory(needed, self.device, f"the features of {count:,} pseudo-OOD images")
                 if progress:
                     progress.advance(len(made))
-        return self.without_ind_like(torch.cat(parts))
+        return self.without_confident(torch.cat(parts))
 
     def with_residuals(self, made: Tensor, codes: Codes) -> Tensor:
         """What was decoded, off the manifold of what the CVAE can make, as real images are: with `config.residuals`
@@ -116,13 +116,12 @@ class PseudoOOD:
         rows = (codes.image * len(self.residuals)).long()
         return made + self.config.residuals * self.residuals[rows]
 
-    def without_ind_like(self, features: Tensor) -> Tensor:
+    def without_confident(self, features: Tensor) -> Tensor:
         """[N, F] with the others in turn in the place of those that the head before fine-tuning gives one IND class
         with more than `config.max_confidence`; where it does so with all, the least confident alone is kept."""
         if self.config.max_confidence == 1:
             return features
-        logits = in_chunks(self.head, features, "fp32")[:, : self.config.num_ind]
-        confidence = logits.softmax(1).amax(1)
+        confidence = in_chunks(self.head, features, "fp32")[:, : self.config.num_ind].softmax(1).amax(1)
         kept = (confidence <= max(self.config.max_confidence, confidence.min())).nonzero().flatten()
         return features[kept[torch.arange(len(features), device=kept.device) % len(kept)]]
 

@@ -47,14 +47,14 @@ def rows(path: str) -> list[dict]:
 
 
 def test_a_recipe_is_its_options_written_out(place, capsys):
-    recipe, least = "unattended", {"least_explained": 0.75}
     fixed = {"pairs": "distinct", "residuals": 6.0, "max_confidence": 0.9}
     fixed |= {"scored_head": "average", "interpolation": 0.75}
-    assert RECIPES[recipe] == {"space": "features", "mode": ["CMG-energy"]} | fixed | least
-    learn = [word for name in least for word in (f"--{name.replace('_', '-')}", "0")]
+    recipe = {"space": "features", "mode": ["CMG-energy"], "least_explained": 0.75}
+    assert RECIPES["unattended"] == recipe | fixed
+    tuned = ("--least-explained", 0)  # however little the short training has explained
     words = [word for name, value in fixed.items() for word in (f"--{name.replace('_', '-')}", value)]
-    assert run(evaluate, *SHORT, "--recipe", recipe, *learn, "--output", "a.json") == 0
-    options = ("--space", "features", "--mode", "CMG-energy", *words, *learn)
+    assert run(evaluate, *SHORT, "--recipe", "unattended", *tuned, "--output", "a.json") == 0
+    options = ("--space", "features", "--mode", "CMG-energy", *words, *tuned)
     assert run(evaluate, *SHORT, *options, "--output", "b.json") == 0
     first, second = (json.loads(Path(name).read_text()) for name in ("a.json", "b.json"))
     assert first["detection"] == second["detection"] and first["config"] == second["config"]
