@@ -42,6 +42,12 @@ class FineTuneConfig:
     epochs: int = option(15, help="Passes over the IND training images", type=positive_int, default_of="the task's")
     batch_size: int = option(128, help="IND images in a step", type=positive_int)
     learning_rate: float = option(1e-4, "--lr", help="Learning rate of Adam", type=positive_float)
+    half_life: float = option(
+        0.0,
+        help="Steps in which the learning rate falls by half; 0: it does not fall",
+        type=number(float, least=0),
+        needs=FINE_TUNING,
+    )
     mu: float = option(
         0.1,
         help="Weight of the energy terms in the loss of CMG-energy",
@@ -130,19 +136,6 @@ class FineTuneConfig:
         type=number(float, least=0, most=1),
         needs=FINE_TUNING,
     )
-    scored_head: str = option(
-        "last",
-        help="Head that is scored and saved: the last, or the average of its weights over all steps so far",
-        choices=("last", "average"),
-        needs=FINE_TUNING,
-    )
-    least_explained: float = option(
-        0.0,
-        help="Share of the variance of the IND training features that a CVAE of features must explain; below it the "
-        "head stays as it is",
-        type=number(float, least=0, most=1),
-        needs={"tune": ("head",)},
-    )
     eval_every: int = option(
         100,
         "--eval-every",
@@ -168,9 +161,7 @@ RECIPES: dict[str | None, dict[str, object]] = {
         "pairs": "distinct",
         "residuals": 6.0,
         "max_confidence": 0.9,
-        "scored_head": "average",
-        "interpolation": 0.75,
-        "least_explained": 0.75,
+        "half_life": 200.0,
     },
 }
 

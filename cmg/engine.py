@@ -73,14 +73,16 @@ def fine_tune(
     to the rounding of batched products.
     """
     config, device, count = pseudo.config, bank.train.device, len(bank.train)
-    heads = {mode: HeadStack(head, len(seeds), config.interpolation, config.scored_head == "average") for mode in modes}
+    heads = {mode: HeadStack(head, len(seeds), config.interpolation) for mode in modes}
     source = pseudo.batches(seeds)
     margins = margins_of(head, bank, source, config) if any(MODES[mode].uses_margins for mode in modes) else None
     runs = start_runs(modes, seeds, margins)
     evaluator = Evaluator(head, bank, pseudo, seeds)
     leaves = [leaf for stack in heads.values() for leaf in stack.leaves.values()]
     on_gpu = device.type == "cuda"
-    optimizer = torch.optim.Adam(leaves, config.learning_rate, fused=True, capturable=on_gpu)
+    rate = torch.tensor(config.learning_rate, device=device) if on_gpu else config.learning_rate  # a graph changes it
+    optimizer = torch.optim.Adam(leaves, rate, fused=True, capturable=on_gpu)
+    of_a_step = 0.5 ** (1 / config.half_life) if config.half_life else 1.0
 
     def step_as_it_is(rows: Tensor, pseudo_features: Tensor) -> Tensor:
         with autocast(device, config.precision):
@@ -90,6 +92,7 @@ def fine_tune(
         for stack in heads.values() if config.anchor else ():
             stack.pull(config.anchor)
         optimizer.step()
+        optimizer.param_groups[0]["lr"] *= of_a_step
         return loss.detach()
 
     take_step = Graphed(step_as_it_is) if on_gpu else step_as_it_is
@@ -103,8 +106,6 @@ def fine_tune(
                 evaluator.evaluate(step, heads, runs)
             loss = take_step(rows, pseudo_features)
             step += 1
-            for stack in heads.values():
-                stack.count_in(step)
             progress.advance(
                 rows.shape[1], lambda: f"epoch {epoch + 1}/{config.epochs}  loss {loss.item() / len(runs):.4f}"
             )
@@ -166,8 +167,6 @@ class HeadStack:
     Args:
         interpolation: share of the tuned weights in those that `copy` gives, the rest is the start's (Wortsman et al.,
             CVPR 2022).
-        averaged: whether "tuned" means the average over the start and all steps (Polyak and Juditsky, SIAM J. Control
-            Optim. 1992) instead of the last.
 
     Attributes:
         leaves: what is optimized, by name: [K, ...] for K copies. Weights are transposed there: the gradient of a
@@ -175,11 +174,10 @@ class HeadStack:
         start: what the copies began as, in the same layout: [1, ...].
     """
 
-    def __init__(self, head: nn.Module, copies: int, interpolation: float = 1.0, averaged: bool = False):
+    def __init__(self, head: nn.Module, copies: int, interpolation: float = 1.0):
         self.head, self.interpolation = head, interpolation
         self.start = {name: turned(p.detach()[None]).contiguous() for name, p in head.named_parameters()}
         self.leaves = {name: torch.cat([p] * copies).requires_grad_() for name, p in self.start.items()}
-        self.average = {name: leaf.detach().clone() for name, leaf in self.leaves.items()} if averaged else None
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -197,16 +195,10 @@ class HeadStack:
         for name, leaf in self.leaves.items():
             leaf.grad += 2 * strength * (leaf - self.start[name])
 
-    @torch.no_grad()
-    def count_in(self, step: int) -> None:
-        """Let the average, if there is one, follow the optimizer's step number `step`, counted from 1."""
-        if self.average:
-            torch._foreach_lerp_(list(self.average.values()), list(self.leaves.values()), 1 / (step + 1))
-
     def copy(self, k: int) -> dict[str, Tensor]:
         """The parameters of copy k that are scored, in the layout of the head itself: scored here or from a file, they
         give the same bits."""
-        tuned = {name: leaf.detach()[k : k + 1] for name, leaf in (self.average or self.leaves).items()}
+        tuned = {name: leaf.detach()[k : k + 1] for name, leaf in self.leaves.items()}
         if self.interpolation < 1:
             tuned = {name: torch.lerp(self.start[name], p, self.interpolation) for name, p in tuned.items()}
         return {name: turned(p)[0].clone(memory_format=torch.contiguous_format) for name, p in tuned.items()}

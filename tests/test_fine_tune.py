@@ -290,26 +290,37 @@ def test_an_interpolated_head_lies_between_the_start_and_the_tuned_one(head, ban
     assert found.curve[0] == tuned.curve[0]  # training itself is the same
 
 
-@pytest.mark.parametrize("share", [1.0, 0.25])
-def test_an_averaged_head_is_the_mean_over_the_start_and_all_steps(head, bank, pseudo, share):
-    """Runs of 1, 2, 3 ... steps are the same run cut off: their last heads are what is averaged."""
-    few = replace(bank, train=bank.train[:8], train_labels=bank.train_labels[:8])
-    start = dict(head.named_parameters())
-    for seed in (1, 2):
-        lasts = []
-        for epochs in (1, 2, 3):
-            one = replace(CONFIG, epochs=epochs, batch_size=8, margins=(0.5, 0.5), pseudo_pool=20)
-            run = tune(head, few, pseudo, one, seeds=(1, 2))["CMG-energy", seed]
-            lasts.append(run.last)
-        averaged = replace(one, scored_head="average", interpolation=share, eval_every=1)
-        found = tune(head, few, pseudo, averaged, seeds=(1, 2))["CMG-energy", seed]
-        for name, began in start.items():
-            mean = (began + sum(last[name] for last in lasts)) / 4
-            torch.testing.assert_close(found.last[name], began + share * (mean - began), atol=1e-6, rtol=1e-6)
-            assert not torch.allclose(mean, lasts[-1][name], atol=1e-6, rtol=0)
-        shorter = tune(head, few, pseudo, replace(averaged, epochs=2), seeds=(1, 2))["CMG-energy", seed]
-        assert [one.step for one in found.curve] == [0, 1, 2, 3] and found.curve[:3] == shorter.curve
-        assert found.validated_step in (0, 1, 2, 3) and found.validated.keys() == start.keys()
+def test_the_learning_rate_falls_by_half_in_every_half_life(head, bank, pseudo):
+    """As in a plain loop in which each step's rate is set by the formula."""
+    config = replace(CONFIG, half_life=5.0, pseudo_pool=30)
+    found = tune(head, bank, pseudo, config, ["CMG-softmax"], [1])["CMG-softmax", 1]
+    tuned, source = deepcopy(head), replace(pseudo, config=config).batches([1])
+    optimizer = torch.optim.Adam(tuned.parameters())
+    step = 0
+    for epoch in range(2):
+        order = torch.randperm(COUNT, generator=generator(1, "order", epoch))
+        for rows, made in zip(order.split(4), source.of_epoch(epoch, COUNT), strict=True):
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * 0.5 ** (step / 5)
+            logits = tuned(bank.train[rows]), bank.train_labels[rows], tuned(made[0])
+            optimizer.zero_grad()
+            ALL_MODES["CMG-softmax"].loss(*logits, None, config).backward()
+            optimizer.step()
+            step += 1
+    constant = tune(head, bank, pseudo, replace(config, half_life=0.0), ["CMG-softmax"], [1])["CMG-softmax", 1]
+    for name, parameter in tuned.named_parameters():
+        torch.testing.assert_close(found.last[name], parameter.detach(), **TOLERANCE)
+        assert (constant.last[name] - parameter).norm() > 0.5 * (parameter - head.state_dict()[name]).norm()
+
+
+def test_with_a_half_life_a_longer_run_ends_at_the_same_head(head, bank, pseudo):
+    shorter, longer = (
+        tune(head, bank, pseudo, replace(CONFIG, half_life=3.0, epochs=epochs), ["CMG-energy"], [1])["CMG-energy", 1]
+        for epochs in (2, 6)
+    )
+    assert longer.curve[-1].step == 3 * shorter.curve[-1].step
+    for name, parameter in longer.last.items():
+        torch.testing.assert_close(shorter.last[name], parameter, **TOLERANCE)
+        assert (parameter - head.state_dict()[name]).abs().max() > LEARNING_RATE
 
 
 def test_a_strong_anchor_keeps_the_head_near_its_start(head, bank, pseudo):
