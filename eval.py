@@ -158,9 +158,10 @@ def check_fine_tuning(args: argparse.Namespace, experiment: Experiment, ood_name
     """Raise `UserError` where the options of stage 2 do not go with the task: features are to be explained where there
     are none, or a whole classifier is to be trained against features, or without OOD images: each run has features of
     its own then, in which nothing stands for them."""
-    if args.residuals and experiment.task.space != "features":
-        given = f"--recipe {args.recipe}" if args.recipe else "--residuals"
-        raise UserError(f"{given} goes with --space features only; leave one of them out")
+    for name in ("least_explained", "residuals"):
+        if getattr(args, name) and experiment.task.space != "features":
+            given = f"--recipe {args.recipe}" if args.recipe else f"--{name.replace('_', '-')}"
+            raise UserError(f"{given} goes with --space features only; leave one of them out")
     if args.tune == JOINT and experiment.task.space == "features":
         raise UserError("--tune joint trains the whole classifier on images, and the CVAE makes features; leave it out")
     if args.tune == JOINT and not ood_names:

@@ -136,6 +136,13 @@ class FineTuneConfig:
         type=number(float, least=0, most=1),
         needs=FINE_TUNING,
     )
+    least_explained: float = option(
+        0.0,
+        help="Share of the variance of the IND training features that a CVAE of features must explain; below it the "
+        "head stays as it is",
+        type=number(float, least=0, most=1),
+        needs={"tune": ("head",)},
+    )
     eval_every: int = option(
         100,
         "--eval-every",
@@ -161,7 +168,10 @@ RECIPES: dict[str | None, dict[str, object]] = {
         "pairs": "distinct",
         "residuals": 6.0,
         "max_confidence": 0.9,
-        "half_life": 200.0,
+        "learning_rate": 1e-3,
+        "half_life": 400.0,
+        "interpolation": 0.75,
+        "least_explained": 0.75,
     },
 }
 

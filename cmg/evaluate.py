@@ -20,7 +20,7 @@ from cmg.results import Results, save_scores
 from cmg.stage2 import Stage2Inputs, load_inputs, run_stage2, split_model
 from datasets.datasetsHelper import Images
 from datasets.obtain import files_read
-from evaluation.report import NO_OOD, format_ind_table, format_table, left_out
+from evaluation.report import NO_OOD, format_ind_table, format_table, heads_left_alone, left_out
 from training.train_feature_cvae import encoder_of, evaluate_feature_cvae, little_explained
 from utils import environment, pick_precision, start_computing
 
@@ -54,6 +54,7 @@ def evaluate(
         metrics = evaluate_feature_cvae(inputs.cvae, features, config.num_ind, config.precision)
         about["generator"] = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         remarks += filter(None, [little_explained(metrics)])
+    remarks += filter(None, [heads_left_alone([tables])])
     write_json(output, about | tables)
     written = [str(output)]
     if scores:

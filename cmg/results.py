@@ -41,14 +41,15 @@ class Scored:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that stage 2 found: the scores of all images, the runs, whose heads can be saved, and the reason for
-    each post-hoc detector that is left out."""
+    """Everything that stage 2 found: the scores of all images, the runs, whose heads can be saved, the reason for each
+    post-hoc detector that is left out, and why the head stayed as it was, where it did."""
 
     scored: list[Scored]
     runs: list[Run]
     bank: FeatureBank
     config: FineTuneConfig
     left_out: dict[str, str] = field(default_factory=dict)
+    unchanged: str = ""
 
     def detection(self) -> list[dict]:
         """Rows of detection metrics, grouped by OOD set; with the best evaluation of each run as the paper has it."""
@@ -77,10 +78,11 @@ class Results:
                 )
         return list(rows.values())
 
-    def tables(self) -> dict[str, list[dict] | dict[str, str]]:
+    def tables(self) -> dict[str, list[dict] | dict[str, str] | str]:
         """All of it as plain values, for a file."""
         runs = [run_summary(run) for run in self.runs]
-        return {"detection": self.detection(), "ind": self.ind(), "runs": runs, "left_out": self.left_out}
+        why = {"left_out": self.left_out, "unchanged": self.unchanged}
+        return {"detection": self.detection(), "ind": self.ind(), "runs": runs} | why
 
 
 def pretrained_scores(head: nn.Module, bank: FeatureBank) -> list[Scored]:

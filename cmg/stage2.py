@@ -27,6 +27,7 @@ from models.vae import ClassConditionalVAE
 from training.backbone import identity, prepare
 from training.networks import load_networks
 from training.train_cvae import reconstruct
+from training.train_feature_cvae import share_explained
 from utils import check_memory, generator
 
 TUNABLE = {"head": "classifier", "last-layer": "classifier.fc2"}  # what --tune names -> submodule of MainModel
@@ -120,23 +121,31 @@ class Stage2:
         self, bank: FeatureBank, modes: Sequence[str], seeds: Sequence[int], show_progress: bool = True
     ) -> list[Run]:
         """A copy of the head, fine-tuned, for every mode and seed."""
-        return fine_tune(self.head, bank, self.source_for(bank), modes, seeds, show_progress)
+        return fine_tune(self.head, bank, self.source_for(bank)[0], modes, seeds, show_progress)
 
-    def source_for(self, bank: FeatureBank) -> PseudoOOD:
-        """The source of pseudo-OOD images with the residuals that it needs.
+    def source_for(self, bank: FeatureBank) -> tuple[PseudoOOD, str]:
+        """The source of pseudo-OOD images with the residuals that it needs, and "". Or where the CVAE explains less of
+        the IND training features than `least_explained`, so that its images would teach nothing: the same asked for no
+        epochs, and the reason.
 
         Raises:
             MemoryShortage: there is no room for the residuals.
-            ValueError: `config.residuals` without a CVAE of the features that are tuned on.
+            ValueError: `config.residuals` or `least_explained` without a CVAE of the features that are tuned on.
         """
         pseudo, config = self.pseudo, self.pseudo.config
-        if not config.residuals:
-            return pseudo
+        if not (config.residuals or config.least_explained):
+            return pseudo, ""
         if pseudo.vae.makes != "features" or config.tune != "head":
-            raise ValueError("residuals need a CVAE of features, and tune head")
+            raise ValueError("residuals and least_explained need a CVAE of features, and tune head")
         check_memory(3 * bank.train.nbytes, bank.train.device, f"the residuals of {len(bank.train):,} IND images")
         made, _ = reconstruct(pseudo.vae, Images(bank.train, bank.train_labels), config.precision)
-        return replace(pseudo, residuals=bank.train - made)
+        if config.residuals:
+            pseudo = replace(pseudo, residuals=bank.train - made)
+        least = config.least_explained
+        if not least or share_explained(pseudo.vae, bank.train, made) >= least:
+            return pseudo, ""
+        reason = f"the generator explains less than {100 * least:.0f} % of the variance of the IND training features"
+        return replace(pseudo, config=replace(config, epochs=0)), f"{reason} (--least-explained)"
 
     def results(
         self,
@@ -147,12 +156,12 @@ class Stage2:
         compared: Sequence[Scored] = (),
     ) -> Results:
         """Fine-tune for every mode and seed, and score every OOD set; `compared` are other detectors."""
-        pseudo = self.source_for(bank)
+        pseudo, reason = self.source_for(bank)
         runs = fine_tune(self.head, bank, pseudo, modes, seeds)
         scored = [*pretrained_scores(self.head, bank), *compared]
         for run in runs:
             scored += run_scores(self.head, bank, run, pseudo, score_pseudo)
-        return Results(scored, runs, bank, pseudo.config)
+        return Results(scored, runs, bank, pseudo.config, unchanged=reason)
 
 
 def run_stage2(
@@ -203,5 +212,5 @@ def samples(inputs: Stage2Inputs, config: FineTuneConfig, seed: int, bank: Featu
     """What stands for OOD images where there are none: pseudo-OOD samples that fine-tuning does not see, as many as
     there are IND test images; the extractor's features of them, [N, F]."""
     split = split_model(for_inference(inputs.classifier), "head")
-    pseudo = Stage2.of(split, inputs.cvae, config).source_for(bank)
+    pseudo, _ = Stage2.of(split, inputs.cvae, config).source_for(bank)
     return pseudo.encode(pseudo.draw(len(inputs.data.test), generator(seed, "scored")))

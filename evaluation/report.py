@@ -102,6 +102,13 @@ def left_out(results: Iterable[dict]) -> dict[str, str]:
     }
 
 
+def heads_left_alone(results: Sequence[dict]) -> str:
+    """In how many of the results the head stayed as it was, and why in the first of them; "" where it did in none."""
+    reasons = [reason for result in results if (reason := result.get("unchanged"))]
+    where = f" in {len(reasons)} of {len(results)} results" if len(results) > 1 else ""
+    return f"The head stays as it was{where}: {reasons[0]}" if reasons else ""
+
+
 # --- the table ----------------------------------------------------------------------------------
 
 NOTES = {

@@ -14,7 +14,7 @@ from cmg.config import Request, config_for
 from cmg.evaluate import describe, load, precision_of
 from cmg.stage2 import run_stage2
 from datasets.obtain import files_read
-from evaluation.report import NO_OOD, PRETRAINED, PSEUDO, THE_METHOD, markdown, mean_and_sd
+from evaluation.report import NO_OOD, PRETRAINED, PSEUDO, THE_METHOD, heads_left_alone, markdown, mean_and_sd
 from utils import start_computing
 
 HEADER = ("options of eval", "mode", "start", "best (step)", "validated (step)", "last", "IND accuracy", "seconds")
@@ -44,6 +44,8 @@ def ablate(request: Request, variants: Mapping[str, Mapping[str, object]], outpu
         kept = {key: [row for row in tables[key] if row["at"] != PRETRAINED] for key in ("detection", "ind")}
         found["variants"][variant] = {"config": asdict(results.config), "seconds": taken, "runs": tables["runs"]} | kept
         print(f"{variant or THE_METHOD}: {taken:.0f} s", flush=True)
+        if remark := heads_left_alone([tables]):
+            print(remark, flush=True)
     method = {"config": asdict(config_for(request.experiment, precision, **request.options))}
     write_json(output, describe("reproduction.ablations", request, inputs, device) | method | found)
     return found

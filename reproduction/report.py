@@ -12,7 +12,18 @@ from cmg.scores import PRETRAINED_SCORES
 from evaluation.figure_style import figure_bytes, save_figure
 from evaluation.page import Code, Facts, Heading, Picture, Section, Table, Text, write_page
 from evaluation.plots import auroc_over_steps, roc_curves, score_histograms, sweep
-from evaluation.report import IND_TEST, PRETRAINED, PSEUDO, THE_METHOD, aggregate, cell, left_out, markdown, means
+from evaluation.report import (
+    IND_TEST,
+    PRETRAINED,
+    PSEUDO,
+    THE_METHOD,
+    aggregate,
+    cell,
+    heads_left_alone,
+    left_out,
+    markdown,
+    means,
+)
 from reproduction import tables
 from reproduction.results import read_ablations
 from reproduction.tables import JobResult
@@ -46,7 +57,7 @@ def write_report(
         samples, ablations: what the first job made of these, if it is done.
 
     Returns:
-        the table of detection, in Markdown.
+        the table of detection, in Markdown, and a remark under it where heads stayed as they were.
     """
     summary, ind = tables.detection_summary(results), tables.ind_summary(results)
     compared = tables.differences(results, summary)
@@ -59,6 +70,7 @@ def write_report(
         "ind": ind,
         "differences": compared,
         "left_out": left_out(contents),
+        "unchanged": tables.unchanged(results),
         "steps": steps,
         "rows": rows,
     }
@@ -85,7 +97,7 @@ def write_report(
     sections += [Heading("Pictures"), *pictures]
     sections += [Heading("How this was made"), Code(about["command"]), Facts(facts(about))]
     write_page(folder / "report.html", f"CMG: {about['task']}", sections)
-    return markdown(*parts["Detection"][0])
+    return "\n\n".join(filter(None, [markdown(*parts["Detection"][0]), heads_left_alone(contents)]))
 
 
 def facts(about: dict) -> dict[str, object]:
@@ -137,8 +149,7 @@ def draw(folder: Path, results: Sequence[JobResult], samples: Path | None, chang
         name: tuple(first.of(name, at, images)[0] for images in (IND_TEST, ood)) for name, at in detectors.items()
     }
     figures["roc"] = (roc_curves(curves, ood), f"ROC curves against {ood}, CMG after the last step; {where}.")
-    runs = [run for result in of_partition for run in result.content["runs"]]
-    if all(run["curve"] for run in runs):
+    if runs := tables.at_all_steps([run for result in of_partition for run in result.content["runs"]]):
         caption = f"AUROC on {ood} while the head is tuned; {first.partition}, each line a seed."
         figures["steps"] = (auroc_over_steps(runs, ood, pretrained_means(of_partition, ood)), caption)
     for option, label in SWEEPS.items() if changes else ():

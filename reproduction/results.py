@@ -55,6 +55,7 @@ RESULT = {
     "images": dict,
     "environment": dict,
     "left_out": (dict,),
+    "unchanged": (str,),
 }
 VARIANT = {"config": dict, "detection": [DETECTION_ROW], "ind": [IND_ROW], "runs": [RUN]}
 ABLATIONS = {"config": {"sigma": float, "mixing_probability": float}, "pretrained": [DETECTION_ROW]}

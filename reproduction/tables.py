@@ -25,6 +25,7 @@ from evaluation.report import (
     aggregate,
     cell,
     cells,
+    heads_left_alone,
     left_out,
 )
 from reproduction.former import with_todays_keys
@@ -150,11 +151,32 @@ def differences(results: Sequence[JobResult], summary: Sequence[dict]) -> list[d
     return found
 
 
+def unchanged(results: Sequence[JobResult]) -> list[dict]:
+    """The jobs whose heads stayed as they were, and why."""
+    return [
+        {"partition": one.partition, "seed": one.seed, "reason": reason}
+        for one in results
+        if (reason := one.content.get("unchanged"))
+    ]
+
+
+def at_all_steps(runs: Sequence[dict]) -> list[dict]:
+    """The runs, where some head was tuned: one that stayed as it was, and was evaluated once, is the same at all steps
+    at which the first of the others was evaluated."""
+    curves = [run["curve"] for run in runs if len(run["curve"]) > 1]
+    if not curves:
+        return []
+    steps = [{"step": check["step"]} for check in curves[0]]
+    return [
+        run | {"curve": [run["curve"][0] | step for step in steps]} if len(run["curve"]) == 1 else run for run in runs
+    ]
+
+
 def steps_summary(results: Sequence[JobResult]) -> list[dict]:
     """AUROC on the way, the mean over all runs: for each OOD set and mode at the last step of each, which is "last"
     where partitions of other sizes make other numbers of steps, and before at 0 and about the half, the quarter, … of
     it, at steps after which all runs were evaluated."""
-    runs = [run for result in results for run in result.content["runs"] if run["curve"]]
+    runs = at_all_steps([run for result in results for run in result.content["runs"]])
     if not runs:
         return []
     ends = {run["curve"][-1]["step"] for run in runs}
@@ -229,13 +251,13 @@ def difference_cells(found: Sequence[dict]) -> tuple[list[str], list[list[str]]]
 
 
 def notes(summary: Sequence[dict], results: Sequence[dict]) -> str:
-    """What the words in the table mean, and what is not in it."""
+    """What the words in the table mean, what is not in it, and whether heads stayed as they were."""
     used = {row["at"] for row in summary}
     sets = ", ".join(dict.fromkeys(row["ood_dataset"] for row in summary))
     lines = [f"OOD images: {sets}. {POSITIVE_CLASS}. Mean ± standard deviation over n runs: partitions and seeds."]
     lines += [f"{at}: {note}." for at, note in NOTES.items() if at in used]
     lines += [f"{name} is left out {reason}." for name, reason in left_out(results).items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, *filter(None, [heads_left_alone(results)])])
 
 
 def write_csv(path: Path, summary: Sequence[dict]) -> None:

@@ -93,7 +93,7 @@ def test_a_variant_that_is_no_option_of_eval_is_named(place, monkeypatch, capsys
         "--sigma none": "--variant='--sigma none': argument --sigma: 'none' is not a number",
         "--sigmas 1": "--variant='--sigmas 1': unrecognized arguments: --sigmas 1",
         "--mixing 'coin": """--variant: "--mixing 'coin" cannot be split into options: no closing quotation""",
-        "--residuals 4": "--residuals goes with --space features only; leave one of them out",
+        "--least-explained 0.5": "--least-explained goes with --space features only; leave one of them out",
         joint: f"--variant={joint!r}: --anchor goes with --tune head or last-layer only; leave it out",
     }.items():
         assert run_ablations(f"--variant={variant}", "--output", "c.json") == 2
@@ -120,7 +120,7 @@ def test_a_variant_that_changes_something_else_is_refused(place, monkeypatch, ca
     changes = (
         "--sigma, --epochs, --batch-size, --lr, --half-life, --mu, --margins, --mixing, --mixing-probability, --pairs, "
         "--max-confidence, --residuals, --pseudo-batch-size, --pseudo-pool, --loss-energy, --score, "
-        "--tune, --anchor, --interpolation, --eval-every"
+        "--tune, --anchor, --interpolation, --least-explained, --eval-every"
     )
     message = f"--variant={variant!r}: {flag} is the same for all; a variant changes {changes}"
     assert capsys.readouterr().err == f"reproduction.ablations: error: {message}\n" and not Path("c.json").exists()
@@ -154,9 +154,10 @@ def test_every_variant_is_taken_whatever_all_have(given, variant):
 
 
 def test_an_option_of_all_variants_is_left_out_where_it_is_about_nothing():
-    argv = ["--device", "cpu", "--space", "features", "--residuals", "4"]
+    argv = ["--device", "cpu", "--space", "features", "--residuals", "4", "--least-explained", "0.5"]
     args = ablations.get_parser().parse_args(argv)
     args.argv = argv
     request = eval.read_arguments(args)
     whole, last = (ablations.variant_options(args, variant, request) for variant in ("", "--tune last-layer"))
-    assert whole["residuals"] == 4 and "residuals" not in last and last["tune"] == "last-layer"
+    assert (whole["residuals"], whole["least_explained"]) == (4, 0.5)
+    assert not {"residuals", "least_explained"} & set(last) and last["tune"] == "last-layer"

@@ -636,6 +636,7 @@ def test_images_of_another_size_are_refused(workplace, capsys):
         (eval, ["--anchor", "-1"], "argument --anchor: -1 is out of range"),
         (eval, ["--max-confidence", "0"], "--max-confidence: 0 is out of range: expected above 0 and at most 1"),
         (eval, ["--residuals", "-1"], "argument --residuals: -1 is out of range"),
+        (eval, ["--least-explained", "2"], "--least-explained: 2 is out of range: expected at least 0 and at most 1"),
         (eval, ["--half-life", "-1"], "--half-life: -1 is out of range: expected at least 0"),
         (eval, ["--pseudo-pool", "-1"], "argument --pseudo-pool: -1 is out of range"),
         (eval, ["--mixing", "half"], "argument --mixing: invalid choice: 'half'"),

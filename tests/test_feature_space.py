@@ -118,7 +118,7 @@ def test_residuals_of_ind_training_images_are_added(digits_classifier, vae):
     mean, _ = vae.encode(features)
     residuals = features - vae.decode(mean, vae.embed(labels))
     stage2 = Stage2.of(split_model(digits_classifier, "head"), vae, replace(CONFIG, residuals=4.0))
-    pseudo = stage2.source_for(bank)
+    pseudo, _ = stage2.source_for(bank)
     codes = pseudo.draw(2000, generator(1, "x"))
     added = pseudo.encode(codes) - decode(vae, codes, 2.0)
     distances = torch.cdist(added, 4 * residuals, compute_mode="donot_use_mm_for_euclid_dist")
@@ -131,11 +131,12 @@ def test_residuals_of_ind_training_images_are_added(digits_classifier, vae):
 
 
 @pytest.mark.parametrize("tune", ["head", "last-layer"])
-def test_residuals_need_a_cvae_of_the_features_that_are_tuned_on(digits_classifier, digits_cvae, vae, tune):
+@pytest.mark.parametrize("asked", [{"residuals": 4.0}, {"least_explained": 0.5}], ids=str)
+def test_residuals_need_a_cvae_of_the_features_that_are_tuned_on(digits_classifier, digits_cvae, vae, tune, asked):
     bank = FeatureBank(torch.zeros(5, 128), torch.arange(5), *[torch.empty(0)] * 3, {})
-    config = replace(CONFIG, tune=tune, residuals=4.0)
+    config = replace(CONFIG, tune=tune, **asked)
     stage2 = Stage2.of(split_model(digits_classifier, tune), digits_cvae if tune == "head" else vae, config)
-    with pytest.raises(ValueError, match=r"^residuals need a CVAE of features, and tune head$"):
+    with pytest.raises(ValueError, match=r"^residuals and least_explained need a CVAE of features, and tune head$"):
         stage2.source_for(bank)
 
 

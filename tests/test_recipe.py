@@ -7,14 +7,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import eval as evaluate
 import reproduce
 import train
 from cmg.config import RECIPES
+from evaluation.report import PRETRAINED
 from reproduction import launchers
 from tests.commands import error_of, run
 from tests.test_reproduce import run_here
+from utils import load_checkpoint
 
 FEATURES = ("--command", "train_cvae", "--space", "features", "--device", "cpu")
 SHORT = ("--device", "cpu", "--epochs", 3, "--seeds", 1)
@@ -44,11 +47,15 @@ def rows(path: str) -> list[dict]:
 
 
 def test_a_recipe_is_its_options_written_out(place, capsys):
-    fixed = {"pairs": "distinct", "residuals": 6.0, "max_confidence": 0.9, "half_life": 200.0}
-    assert RECIPES["unattended"] == {"space": "features", "mode": ["CMG-energy"]} | fixed
-    words = [word for name, value in fixed.items() for word in (f"--{name.replace('_', '-')}", value)]
-    assert run(evaluate, *SHORT, "--recipe", "unattended", "--output", "a.json") == 0
-    options = ("--space", "features", "--mode", "CMG-energy", *words)
+    fixed = {"pairs": "distinct", "residuals": 6.0, "max_confidence": 0.9}
+    fixed |= {"learning_rate": 1e-3, "half_life": 400.0, "interpolation": 0.75}
+    recipe = {"space": "features", "mode": ["CMG-energy"], "least_explained": 0.75}
+    assert RECIPES["unattended"] == recipe | fixed
+    tuned = ("--least-explained", 0)  # however little the short training has explained
+    flags = {name: f"--{name.replace('_', '-')}" for name in fixed} | {"learning_rate": "--lr"}
+    words = [word for name, value in fixed.items() for word in (flags[name], value)]
+    assert run(evaluate, *SHORT, "--recipe", "unattended", *tuned, "--output", "a.json") == 0
+    options = ("--space", "features", "--mode", "CMG-energy", *words, *tuned)
     assert run(evaluate, *SHORT, *options, "--output", "b.json") == 0
     first, second = (json.loads(Path(name).read_text()) for name in ("a.json", "b.json"))
     assert first["detection"] == second["detection"] and first["config"] == second["config"]
@@ -57,7 +64,7 @@ def test_a_recipe_is_its_options_written_out(place, capsys):
 
 
 def test_what_is_given_beside_a_recipe_counts(place, capsys):
-    argv = ("--recipe", "unattended", "--interpolation", "0.3", "--mode", "all")
+    argv = ("--recipe", "unattended", "--interpolation", "0.3", "--mode", "all", "--least-explained", "0")
     assert run(evaluate, *SHORT, *argv, "--output", "a.json") == 0
     found = json.loads(Path("a.json").read_text())
     assert found["config"]["interpolation"] == 0.3 and found["config"]["pairs"] == "distinct"
@@ -73,9 +80,29 @@ def test_a_name_tells_the_recipe(place, capsys):
 
 
 @pytest.mark.parametrize(
+    ("least", "left"), [("0.0001", False), ("1", True)], ids=["explained enough", "too little explained"]
+)
+def test_a_generator_that_explains_little_leaves_the_head_alone(place, capsys, least, left):
+    argv = ("--space", "features", "--mode", "CMG-energy", "--least-explained", least, "--lr", "1e-3")
+    assert run(evaluate, *SHORT, *argv, "--output", "a.json", "--save-detector", "d.pt") == 0
+    printed, found = capsys.readouterr().out, json.loads(Path("a.json").read_text())
+    saved, classifier = (
+        load_checkpoint(Path("d.pt")),
+        load_checkpoint(Path("ckpt/same_dataset_digits_partition1_classifier.pkl")),
+    )
+    same = [torch.equal(saved["model"][name], value) for name, value in classifier.items() if name in saved["model"]]
+    assert same and all(same) == left
+    assert ("The head stays as it was: the generator explains less than 100 %" in printed) == left
+    assert found["config"]["epochs"] == (0 if left else 3) and bool(found["unchanged"]) == left
+    accuracies = {row["at"]: row["accuracy"] for row in found["ind"]}
+    assert (accuracies["last"] == accuracies[PRETRAINED]) or not left
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--recipe", "unattended", "--space", "images"], "--recipe unattended goes with --space features only"),
+        (["--least-explained", "0.5"], "--least-explained goes with --space features only"),
         (["--residuals", "4"], "--residuals goes with --space features only"),
         (["--residuals", "4", "--space", "features", "--tune", "last-layer"], "--residuals goes with --tune head only"),
         (

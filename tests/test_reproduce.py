@@ -787,6 +787,36 @@ def test_detectors_that_some_runs_left_out_are_reported_and_not_compared(reprodu
     assert said.endswith("\nKNN is left out in 1 of 2 results (k=50).")
 
 
+def test_heads_that_stayed_as_they_were_are_reported(reproduced, tmp_path):
+    """One of two training seeds: it has no steps, and is drawn and counted at each of the other's."""
+    tuned, left = (
+        read_result("partition1", seed, folder / "eval.json", folder / "scores.npz")
+        for seed, folder in ((seed, reproduced / f"partition1_seed{seed}") for seed in (1, 2))
+    )
+    left.content["unchanged"] = "its energy detects 1.0 %"
+    for one in left.content["runs"]:
+        del one["curve"][1:]
+    about = {"task": "same_dataset_digits", "command": "python -m reproduce", "environment": {}}
+    about |= {"wall_seconds": 1.0, "job_seconds": 1.0, "done": 2, "jobs": 2}
+    printed = report.write_report(tmp_path, about, [tuned, left], "First.", None, None)
+    table, text = json.loads((tmp_path / "table.json").read_text()), (tmp_path / "table.md").read_text()
+    assert table["unchanged"] == [{"partition": "partition1", "seed": 2, "reason": "its energy detects 1.0 %"}]
+    said = "The head stays as it was in 1 of 2 results: its energy detects 1.0 %"
+    assert (
+        printed.endswith(f" |\n\n{said}") and f"\n{said}\n" in text and said in (tmp_path / "report.html").read_text()
+    )
+    name = tuned.content["detection"][0]["ood_dataset"]
+    ends = [one.content["runs"][0]["curve"][-1]["auroc"][name] for one in (tuned, left)]
+    over_steps = [row for row in table["steps"] if row["method"] == "CMG-energy"]
+    assert [row["auroc"]["n"] for row in over_steps] == [2] * len(over_steps) and len(over_steps) > 1
+    assert over_steps[-1]["auroc"]["mean"] == pytest.approx(sum(ends) / 2) and over_steps[-1]["step"] > 0
+
+    report.write_report(tmp_path / "none", about, [left], "First.", None, None)
+    text = (tmp_path / "none/table.md").read_text()
+    assert "\nThe head stays as it was: its energy detects 1.0 %\n" in text and "over steps" not in text
+    assert not (tmp_path / "none/figures/steps.png").exists()
+
+
 def test_free_gpus_take_one_job_each(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from datasets.datasetsHelper import Images, to_float
 from datasets.tasks import Task
@@ -38,15 +39,19 @@ def encoder_of(classifier: MainModel) -> Callable[[Images, str, torch.device], I
 
 
 def evaluate_feature_cvae(model: FeatureCVAE, data: Images, num_ind: int, precision: str) -> dict[str, float]:
-    """Share of the variance of features [N, F] that decoding the posterior's mean explains; KL per feature vector.
+    """Share of the variance of features [N, F] that decoding the posterior's mean explains; KL per feature vector."""
+    made, kl = reconstruct(model, data, precision)
+    return {"explained": share_explained(model, data.images, made), "kl_nats": kl}
+
+
+def share_explained(model: FeatureCVAE, features: Tensor, made: Tensor) -> float:
+    """Share of the variance of features [N, F] that `made` explains.
 
     The variance is about the mean of the IND training features, each feature divided by its standard deviation there.
     """
-    made, kl = reconstruct(model, data, precision)
-    target = model.measured(data.images)
+    target = model.measured(features)
     left, variance = (part.square().sum().item() for part in (model.measured(made) - target, target))
-    # All alike: nothing to explain.
-    return {"explained": 1 - left / variance if variance else 0.0, "kl_nats": kl}
+    return 1 - left / variance if variance else 0.0  # 0: all alike, nothing to explain
 
 
 def little_explained(metrics: dict[str, float]) -> str:
@@ -55,6 +60,5 @@ def little_explained(metrics: dict[str, float]) -> str:
         return ""
     return (
         f"The generator explains {100 * metrics['explained']:.0f} % of the variance of the IND features, less than "
-        f"{100 * LEAST_EXPLAINED:.0f} %: its pseudo-OOD features teach little, and fine-tuning without --residuals may "
-        "do harm"
+        f"{100 * LEAST_EXPLAINED:.0f} %: its pseudo-OOD features teach little, and fine-tuning may do harm"
     )
