@@ -80,9 +80,10 @@ def fine_tune(
     evaluator = Evaluator(head, bank, pseudo, seeds)
     leaves = [leaf for stack in heads.values() for leaf in stack.leaves.values()]
     on_gpu = device.type == "cuda"
-    rate = torch.tensor(config.learning_rate, device=device) if on_gpu else config.learning_rate  # a graph changes it
+    falls_to = 0.5 ** (1 / config.half_life) if config.half_life else None  # in a step, of what it was
+    in_graph = on_gpu and falls_to  # which changes tensors only
+    rate = torch.tensor(config.learning_rate, device=device) if in_graph else config.learning_rate
     optimizer = torch.optim.Adam(leaves, rate, fused=True, capturable=on_gpu)
-    of_a_step = 0.5 ** (1 / config.half_life) if config.half_life else 1.0
 
     def step_as_it_is(rows: Tensor, pseudo_features: Tensor) -> Tensor:
         with autocast(device, config.precision):
@@ -92,7 +93,8 @@ def fine_tune(
         for stack in heads.values() if config.anchor else ():
             stack.pull(config.anchor)
         optimizer.step()
-        optimizer.param_groups[0]["lr"] *= of_a_step
+        if falls_to:
+            optimizer.param_groups[0]["lr"] *= falls_to
         return loss.detach()
 
     take_step = Graphed(step_as_it_is) if on_gpu else step_as_it_is
