@@ -80,8 +80,7 @@ def fine_tune(
     evaluator = Evaluator(head, bank, pseudo, seeds)
     leaves = [leaf for stack in heads.values() for leaf in stack.leaves.values()]
     on_gpu = device.type == "cuda"
-    falls_to = 0.5 ** (1 / config.half_life) if config.half_life else None  # in a step, of what it was
-    in_graph = on_gpu and falls_to  # which changes tensors only
+    in_graph = on_gpu and config.half_life  # which can change tensors only
     rate = torch.tensor(config.learning_rate, device=device) if in_graph else config.learning_rate
     optimizer = torch.optim.Adam(leaves, rate, fused=True, capturable=on_gpu)
 
@@ -93,8 +92,8 @@ def fine_tune(
         for stack in heads.values() if config.anchor else ():
             stack.pull(config.anchor)
         optimizer.step()
-        if falls_to:
-            optimizer.param_groups[0]["lr"] *= falls_to
+        if config.half_life:
+            optimizer.param_groups[0]["lr"] *= 0.5 ** (1 / config.half_life)
         return loss.detach()
 
     take_step = Graphed(step_as_it_is) if on_gpu else step_as_it_is

@@ -323,6 +323,12 @@ def test_with_a_half_life_a_longer_run_ends_at_the_same_head(head, bank, pseudo)
         assert (parameter - head.state_dict()[name]).abs().max() > LEARNING_RATE
 
 
+def test_with_a_half_life_of_all_but_nothing_only_the_first_step_counts(head, bank, pseudo):
+    run = tune(head, bank, pseudo, replace(CONFIG, half_life=1e-9), ["CMG-energy"], [1])["CMG-energy", 1]
+    moved = max((run.last[name] - p).abs().max().item() for name, p in head.named_parameters())
+    assert moved == pytest.approx(LEARNING_RATE, rel=1e-2)  # Adam's first step of a gradient that is not tiny
+
+
 def test_a_strong_anchor_keeps_the_head_near_its_start(head, bank, pseudo):
     start = dict(head.named_parameters())
 

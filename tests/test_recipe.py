@@ -42,10 +42,6 @@ def place(trained, tmp_path, monkeypatch):
     return tmp_path
 
 
-def rows(path: str) -> list[dict]:
-    return json.loads(Path(path).read_text())["detection"]
-
-
 def test_a_recipe_is_its_options_written_out(place, capsys):
     fixed = {"pairs": "distinct", "residuals": 6.0, "max_confidence": 0.9}
     fixed |= {"learning_rate": 1e-3, "half_life": 400.0, "interpolation": 0.75}
